@@ -1,0 +1,137 @@
+"""The shared transformer: a plain pre-norm ViT over whatever tokens it is given.
+
+Class and register tokens are added and removed here and nowhere else.
+Letters: B batch, V visible tokens, R prefix tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import PositiveInt, model_validator
+from torch import Tensor, nn
+
+from m3.attention import SelfAttention, key_mask
+from m3.plugins import Strict
+from m3.types import Encoded, MaskPlan
+
+
+class Size(NamedTuple):
+    """Shape of a published ViT."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+SIZES = {
+    "ti": Size(192, 12, 3),
+    "s": Size(384, 12, 6),
+    "b": Size(768, 12, 12),
+    "l": Size(1024, 24, 16),
+    "h": Size(1280, 32, 16),
+}
+
+
+class BackboneSpec(Strict):
+    """The `backbone` section of a recipe.
+
+    Attributes:
+        width: D.
+        depth: number of blocks.
+        heads: attention heads; divides `width`.
+        mlp_ratio: hidden width of the MLP over D.
+        class_tokens: learned tokens in front that every modality can write to (MAE's class token,
+            MultiMAE's global token).
+        final_norm: LayerNorm after the last block (MAE: yes, MultiMAE: no).
+        norm_eps: LayerNorm's epsilon.
+        axis_order: which axis the first sin-cos channels encode: `xy`, the last axis first (MAE), or `yx`,
+            the axes in order (MultiMAE).
+        modality_embedding: add a learned vector per modality to its tokens (MultiMAE: no, the projections'
+            biases do it).
+    """
+
+    width: PositiveInt = 768
+    depth: PositiveInt = 12
+    heads: PositiveInt = 12
+    mlp_ratio: float = 4.0
+    class_tokens: int = 1
+    final_norm: bool = True
+    norm_eps: float = 1e-6
+    axis_order: Literal["xy", "yx"] = "xy"
+    modality_embedding: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> BackboneSpec:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
+        return self
+
+
+class MLP(nn.Module):
+    """Linear, GELU (erf), Linear."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.activation = nn.GELU()
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return self.fc2(self.activation(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.attention = SelfAttention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D); mask (B, 1, 1, N) is True for keys that take part."""
+        x = x + self.attention(self.norm1(x), mask)
+        return x + self.mlp(self.norm2(x))
+
+
+class Backbone(nn.Module):
+    """Prefix tokens, blocks, final norm."""
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        # No batch axis: with two axes the tokens get weight decay, as MAE's (1, 1, D) class token does.
+        self.prefix = nn.Parameter(torch.empty(spec.class_tokens, spec.width)) if spec.class_tokens else None
+        self.blocks = nn.ModuleList(
+            [Block(spec.width, spec.heads, spec.mlp_ratio, spec.norm_eps) for _ in range(spec.depth)]
+        )
+        self.norm = nn.LayerNorm(spec.width, eps=spec.norm_eps) if spec.final_norm else nn.Identity()
+
+    def forward(self, x: Tensor, plan: MaskPlan, layers: Iterable[int] = ()) -> Encoded:
+        """Encode packed visible tokens.
+
+        Args:
+            x: (B, V, D) embedded tokens with positions, in the order of `plan`.
+            plan: says which of the V exist.
+            layers: numbers of blocks (0 = first) whose output is kept in `Encoded.layers`.
+        """
+        is_valid = plan.is_valid
+        count = self.spec.class_tokens
+        if self.prefix is not None:
+            x = torch.cat([self.prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            if is_valid is not None:
+                is_valid = torch.cat([is_valid.new_ones(len(x), count), is_valid], dim=1)
+        mask = key_mask(is_valid)
+        kept, wanted = {}, set(layers)
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask)
+            if number in wanted:
+                kept[number] = x
+        x = self.norm(x)
+        return Encoded(x, count, plan, kept)

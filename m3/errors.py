@@ -1,0 +1,55 @@
+"""The one exception users see: a sentence with the place and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from pydantic import BaseModel, ValidationError
+
+
+class M3Error(ValueError):
+    """Bad input (recipe, file, checkpoint, sample): the message is one sentence that names place and remedy."""
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """Return ' Did you mean `x`?' for the closest of `options`, or the list of them when none is close."""
+    options = sorted(options)
+    close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean `{close[0]}`?"
+    return f" Valid: {', '.join(f'`{option}`' for option in options)}." if options else ""
+
+
+def explain(error: ValidationError, model: type[BaseModel], where: str) -> M3Error:
+    """Turn pydantic's first complaint into a sentence with the key path and the nearest valid name.
+
+    Args:
+        error: what pydantic raised.
+        model: the settings model that was read, for the valid names.
+        where: file and key path of the model, put in front.
+    """
+    first = error.errors(include_url=False)[0]
+    path = ".".join([where, *(str(key) for key in first["loc"] if not _is_branch(str(key)))]).strip(".")
+    if first["type"] == "extra_forbidden":
+        return M3Error(f"{path}: unknown key.{nearest(str(first['loc'][-1]), _fields(model, first['loc'][:-1]))}")
+    if first["type"] == "missing":
+        return M3Error(f"{path}: this key is required; add it.")
+    message = first["msg"].removeprefix("Value error, ")
+    return M3Error(f"{path}: {message[0].lower()}{message[1:]}, got {first['input']!r}.")
+
+
+def _fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    """Return the field names of the settings model nested at `path`, as far as the annotations tell."""
+    for key in path:
+        field = model.model_fields.get(str(key))
+        if field is None:
+            continue
+        inner = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((x for x in inner if isinstance(x, type) and issubclass(x, BaseModel)), model)
+    return list(model.model_fields)
+
+
+def _is_branch(key: str) -> bool:
+    """Return True for the parts of pydantic's path that name a branch of a union, not a key."""
+    return "[" in key or key in {"int", "float", "str", "bool", "constrained-int", "constrained-float"}

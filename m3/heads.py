@@ -1,0 +1,143 @@
+"""Decoders: from encoder states to predictions at the asked-for positions of one modality.
+
+Letters: B batch, N content tokens of the target modality, V visible tokens, R prefix tokens, T asked-for
+tokens, D width of the encoder, d width of the decoder, P numbers predicted per token.
+"""
+
+from __future__ import annotations
+
+import torch
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from m3.attention import CrossAttention, key_mask
+from m3.backbone import MLP, BackboneSpec, Block
+from m3.errors import M3Error
+from m3.plugins import Strict
+from m3.positions import embed_positions
+from m3.types import Encoded, MaskPlan, Tokens, take
+
+
+def restore_index(plan: MaskPlan, modality: str, count: int) -> Tensor:
+    """Return (B, N) int64: for each token of `modality` its place among the V visible ones, or V if hidden."""
+    index = plan.packed_index()
+    if len(plan.visible) > 1:  # tokens of other modalities fall on a place behind the last one
+        is_own = plan.packed_modality() == list(plan.visible).index(modality)
+        index = index.masked_fill(~is_own, count)
+    if plan.is_valid is not None:
+        index = index.masked_fill(~plan.is_valid, count)
+    batch, visible = index.shape
+    place = torch.arange(visible, device=index.device).expand(batch, visible)
+    return index.new_full((batch, count + 1), visible).scatter_(1, index, place)[:, :count]
+
+
+class SelfDecoder(nn.Module):
+    """MAE's decoder (He et al. 2021, section 3): blocks over the full set of visible and mask tokens.
+
+    Reads one modality. The prefix tokens are part of the sequence; only asked-for positions are predicted.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: self_decoder`.
+
+        Attributes:
+            width: d.
+            depth: number of blocks.
+            heads: attention heads; divides `width`.
+        """
+
+        width: PositiveInt = 512
+        depth: PositiveInt = 8
+        heads: PositiveInt = 16
+
+    def __init__(self, spec: Spec, backbone: BackboneSpec, inputs: tuple[str, ...], modality: str, outputs: int) -> None:
+        super().__init__()
+        if inputs != (modality,):
+            raise M3Error(
+                f"decoder `self_decoder` reads one modality, but the objective sees {', '.join(inputs)} and predicts "
+                f"{modality}; use `cross_decoder`."
+            )
+        self.axis_order, self.modality = backbone.axis_order, modality
+        self.embed = nn.Linear(backbone.width, spec.width)
+        self.mask_token = nn.Parameter(torch.empty(1, spec.width))
+        self.blocks = nn.ModuleList(
+            [Block(spec.width, spec.heads, backbone.mlp_ratio, backbone.norm_eps) for _ in range(spec.depth)]
+        )
+        self.norm = nn.LayerNorm(spec.width, eps=backbone.norm_eps)
+        self.output = nn.Linear(spec.width, outputs)
+
+    def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
+        """Predict the tokens at index (B, T) -> (B, T, P)."""
+        own, count = tokens[self.modality], encoded.prefix_count
+        x = self.embed(encoded.sequence)
+        rows = torch.cat([x[:, count:], self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
+        full = take(rows, restore_index(encoded.plan, self.modality, own.count))
+        full = full + embed_positions(own.positions, full.shape[-1], self.axis_order)
+        x = torch.cat([x[:, :count].to(full.dtype), full], dim=1)
+        mask = None
+        if own.is_valid is not None:
+            mask = key_mask(torch.cat([own.is_valid.new_ones(len(x), count), own.is_valid], dim=1))
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.output(self.norm(take(x, index + count)))
+
+
+class CrossDecoder(nn.Module):
+    """MultiMAE's decoder of one modality (Bachmann et al. 2022, section 3.3).
+
+    The modality's own slots (visible tokens and mask tokens) attend once, without a residual, to the visible
+    tokens of all modalities; an MLP and a few self-attention blocks follow.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: cross_decoder`.
+
+        Attributes:
+            width: d.
+            depth: number of self-attention blocks after the cross-attention.
+            heads: attention heads; divides `width`.
+        """
+
+        width: PositiveInt = 256
+        depth: NonNegativeInt = 2
+        heads: PositiveInt = 8
+
+    def __init__(self, spec: Spec, backbone: BackboneSpec, inputs: tuple[str, ...], modality: str, outputs: int) -> None:
+        super().__init__()
+        width, eps = spec.width, backbone.norm_eps
+        self.axis_order, self.modality = backbone.axis_order, modality
+        self.context = nn.Linear(backbone.width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, width))
+        names = dict.fromkeys([*inputs, modality])
+        self.modality_embeddings = nn.ParameterDict({name: nn.Parameter(torch.empty(1, width)) for name in names})
+        self.query_norm = nn.LayerNorm(width, eps=eps)
+        self.context_norm = nn.LayerNorm(width, eps=eps)
+        self.attention = CrossAttention(width, spec.heads)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, int(width * backbone.mlp_ratio))
+        self.blocks = nn.ModuleList([Block(width, spec.heads, backbone.mlp_ratio, eps) for _ in range(spec.depth)])
+        self.output = nn.Linear(width, outputs)
+
+    def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
+        """Predict the tokens at index (B, T) -> (B, T, P)."""
+        own, plan, count = tokens[self.modality], encoded.plan, encoded.prefix_count
+        x = self.context(encoded.sequence)
+        rows = torch.cat([x[:, count:], self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
+        if self.modality in plan.visible:
+            queries = take(rows, restore_index(plan, self.modality, own.count))
+        else:
+            queries = self.mask_token.expand(len(x), own.count, -1)
+        queries = queries + self._marks(tokens, self.modality)
+        marks = plan.pack({name: take(self._marks(tokens, name), slots) for name, slots in plan.visible.items()})
+        context = torch.cat([x[:, :count].to(marks.dtype), x[:, count:] + marks], dim=1)
+        x = self.attention(self.query_norm(queries), self.context_norm(context), key_mask(encoded.is_valid))
+        x = x + self.mlp(self.norm(x))
+        mask = key_mask(own.is_valid)
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.output(take(x, index))
+
+    def _marks(self, tokens: dict[str, Tokens], name: str) -> Tensor:
+        """Return (1 or B, N, d): where and of which modality each token of `name` is."""
+        mark = self.modality_embeddings[name]
+        return embed_positions(tokens[name].positions, mark.shape[-1], self.axis_order) + mark

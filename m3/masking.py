@@ -1,0 +1,326 @@
+"""From scores to exactly as many visible and target tokens as the budget says.
+
+A selection is a pure function of (tokens, scores, budget, draws): seeded, on the device, without a wait for the
+host. It never looks at values, only at counts and validity. All the others, MAE's, MultiMAE's, are budgets.
+
+Letters: B batch, M modalities, N tokens of a modality, S visible slots of a modality, V tokens the encoder
+sees, T targets of a modality.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Annotated, Protocol
+
+import torch
+from pydantic import Field, NonNegativeInt
+from torch import Tensor
+
+from m3.errors import M3Error, nearest
+from m3.plugins import Strict, View, build_spec
+from m3.random import Draws
+from m3.types import MaskPlan, Tokens, take
+
+Amount = NonNegativeInt | Annotated[float, Field(gt=0, le=1)]
+"""A whole number of tokens, or (a number with a point) a share of them in (0, 1]."""
+
+
+def amount(visible: float, count: int) -> int:
+    """Return how many of `count` tokens are meant: an int as it is, a float share rounded down, at least 1."""
+    if isinstance(visible, int):
+        return min(visible, count)
+    return max(1, math.floor(visible * count + 1e-9))
+
+
+class Selection(Protocol):
+    """What every selection of this file provides."""
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """Raise M3Error when the settings contradict the modalities of the view."""
+        ...
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> MaskPlan:
+        """Choose visible and target tokens."""
+        ...
+
+
+class Fixed:
+    """The same number of visible tokens in every sample: a share or a number for each modality.
+
+    With `visible: 0.25` and 196 patches this is MAE's mask: 49 seen, 147 to be predicted (int(L * (1 - r))).
+    """
+
+    class Spec(Strict):
+        """Settings of `type: fixed`.
+
+        Attributes:
+            visible: share in (0, 1] (rounded down) or number of tokens that the encoder sees, for all
+                modalities or for each by name.
+            scorer: what ranks the tokens.
+        """
+
+        visible: Amount | dict[str, Amount] = 0.25
+        scorer: dict = Field(default={"type": "uniform"})
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.scorer = _scorer(spec.scorer)
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """Raise M3Error when a budget names a modality that is not there or leaves one out."""
+        if isinstance(self.spec.visible, dict):
+            _check_names("masking.visible", set(self.spec.visible), names)
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> MaskPlan:
+        """Select. Shares are of the valid tokens where a sample has fewer than N."""
+        scores = self.scorer(tokens, draws)
+        is_visible, slots = {}, {}
+        for name, part in tokens.items():
+            visible = self.spec.visible[name] if isinstance(self.spec.visible, dict) else self.spec.visible
+            slots[name] = amount(visible, part.count)
+            quota = _valid_quota(visible, part)
+            is_visible[name] = _rank(scores[name], part.is_valid) < quota
+        return assemble(tokens, is_visible, slots, length=sum(slots.values()))
+
+
+class Dirichlet:
+    """A fixed number V of visible tokens over all modalities, shared out by a Dirichlet draw per sample.
+
+    MultiMAE (Bachmann et al. 2022, section 3.2): shares ~ Dirichlet(alpha), quotas = round(share * V), the
+    first quota tokens in score order are seen. Rounding and full modalities leave a surplus or a deficit;
+    it is levelled at random over all tokens, so that exactly V are seen.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: dirichlet`.
+
+        Attributes:
+            visible: V, number of tokens that the encoder sees, or a share of all.
+            alpha: concentration for all modalities or for each by name; small: few modalities get nearly
+                all, large: all get the same.
+            subsets: first draw one of the non-empty sets of modalities uniformly, then share among those.
+            scorer: what ranks the tokens.
+        """
+
+        visible: Amount
+        alpha: float | dict[str, float] = 1.0
+        subsets: bool = False
+        scorer: dict = Field(default={"type": "uniform"})
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.scorer = _scorer(spec.scorer)
+        alphas = spec.alpha.values() if isinstance(spec.alpha, dict) else [spec.alpha]
+        if min(alphas) <= 0:
+            raise M3Error(f"masking.alpha must be positive, got {spec.alpha}; use e.g. 1.0.")
+
+    def check(self, names: tuple[str, ...]) -> None:
+        """Raise M3Error when `alpha` names a modality that is not there or leaves one out."""
+        if isinstance(self.spec.alpha, dict):
+            _check_names("masking.alpha", set(self.spec.alpha), names)
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> MaskPlan:
+        """Select; V is cut to the number of tokens there are."""
+        counts = {name: part.count for name, part in tokens.items()}
+        length = amount(self.spec.visible, sum(counts.values()))
+        scores = self.scorer(tokens, draws)
+        quotas = (self._shares(tokens, draws) * length).round()  # (B, M)
+        is_wanted = torch.cat(
+            [_rank(scores[name], p.is_valid) < quotas[:, i : i + 1] for i, (name, p) in enumerate(tokens.items())], 1
+        )
+        # Wanted tokens come first, in random order; then the others, in random order; padding last.
+        key = (~is_wanted).float() + draws.uniform("level", is_wanted.shape[1])
+        is_valid = _joined_validity(tokens)
+        chosen = _rank(key, is_valid) < length
+        if is_valid is not None:
+            chosen = chosen & is_valid
+        is_visible = dict(zip(counts, chosen.split(list(counts.values()), dim=1), strict=True))
+        slots = {name: min(length, n) for name, n in counts.items()}
+        return assemble(tokens, is_visible, slots, length)
+
+    def _shares(self, tokens: dict[str, Tokens], draws: Draws) -> Tensor:
+        """Draw (B, M) shares that sum to one; modalities that a sample lacks get none."""
+        alpha = self.spec.alpha
+        alphas = [alpha[name] if isinstance(alpha, dict) else alpha for name in tokens]
+        device = draws.keys.device
+        takes_part = torch.ones(len(draws.keys), len(tokens), dtype=torch.bool, device=device)
+        for i, part in enumerate(tokens.values()):
+            if part.is_valid is not None:
+                takes_part[:, i] = part.is_valid.any(1)
+        if self.spec.subsets:
+            takes_part = _random_subset(takes_part, draws)
+        logs = log_gamma_variates(torch.tensor(alphas, device=device), draws)
+        return logs.masked_fill(~takes_part, -1e9).softmax(1)
+
+
+def log_gamma_variates(alpha: Tensor, draws: Draws, tries: int = 12) -> Tensor:
+    """Return (B, M) logarithms of Gamma(alpha, 1) variates, alpha (M,) > 0, from the batch's own draws.
+
+    Marsaglia and Tsang (2000) for alpha + 1, then log g(alpha) = log g(alpha + 1) + log(u) / alpha, which
+    does not underflow at small alpha. A try is accepted with probability > 0.95, so twelve tries leave a
+    chance below 1e-15 to fall back on the mode; that keeps the shape fixed and the host out of it.
+    """
+    batch, count = len(draws.keys), len(alpha)
+    d = alpha + 1 - 1 / 3
+    u = draws.uniform("gamma", count * (3 * tries + 1)).reshape(batch, count, -1).clamp(min=2.0**-25)
+    u1, u2, u3 = u[..., :tries], u[..., tries : 2 * tries], u[..., 2 * tries : 3 * tries]
+    normal = (-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()
+    v = (1 + normal / (3 * d.sqrt()).unsqueeze(-1)) ** 3
+    log_v = v.clamp(min=1e-30).log()
+    bound = 0.5 * normal**2 + d.unsqueeze(-1) * (1 - v + log_v)
+    is_accepted = (v > 0) & (u3.log() < bound)
+    first = is_accepted.to(torch.uint8).argmax(-1, keepdim=True)
+    chosen = torch.where(is_accepted.any(-1), log_v.gather(-1, first).squeeze(-1), torch.zeros_like(d))
+    return d.log() + chosen + u[..., -1].log() / alpha
+
+
+def build(view: View) -> Selection:
+    """Make the selection that a view asks for and check it against the view's modalities."""
+    part, spec = build_spec("maskings", json.loads(view.masking), "masking")
+    selection = part(spec)
+    selection.check(view.modalities)
+    return selection
+
+
+def everything(tokens: dict[str, Tokens]) -> MaskPlan:
+    """Make the plan in which every token that exists is visible."""
+    return explicit(
+        tokens,
+        {n: torch.ones(p.values.shape[:2], dtype=torch.bool, device=p.values.device) for n, p in tokens.items()},
+    )
+
+
+def masks(tokens: dict[str, Tokens], visible: float | dict[str, float | Tensor], draws: Draws) -> dict[str, Tensor]:
+    """Return modality -> (B, N) bool visibility for inference.
+
+    Args:
+        tokens: the modalities that are there.
+        visible: a share (float in [0, 1]) or number (int) of tokens for all modalities or for each by name,
+            or ready masks; modalities that are not named are hidden.
+        draws: which tokens, where only their number is given.
+    """
+    wanted = visible if isinstance(visible, dict) else dict.fromkeys(tokens, visible)
+    for name in wanted:
+        if name not in tokens:
+            raise M3Error(f"`visible` names `{name}`, which the batch does not hold.{nearest(name, tokens)}")
+    result = {}
+    for name, part in tokens.items():
+        value = wanted.get(name, 0)
+        if isinstance(value, Tensor):
+            result[name] = value.to(part.values.device)
+        else:
+            count = amount(value, part.count) if value else 0
+            result[name] = _rank(draws.uniform(f"score/{name}", part.count), part.is_valid) < count
+    return result
+
+
+def explicit(tokens: dict[str, Tokens], is_visible: dict[str, Tensor]) -> MaskPlan:
+    """Make a plan from given masks, for inference; counts may differ between samples (the rest is filling).
+
+    Args:
+        tokens: the modalities that are there.
+        is_visible: modality -> (B, N) bool, True where the encoder sees the token; all others are targets.
+    """
+    for name, mask in is_visible.items():
+        if name not in tokens or mask.shape != tokens[name].values.shape[:2]:
+            raise M3Error(
+                f"the mask of `{name}` must have shape {tuple(tokens[name].values.shape[:2]) if name in tokens else ()} "
+                f"(samples, tokens), got {tuple(mask.shape)}; give one True or False for every token."
+            )
+    seen = {
+        name: is_visible[name] if part.is_valid is None else is_visible[name] & part.is_valid
+        for name, part in tokens.items()
+    }
+    counts = torch.stack([mask.sum(1) for mask in seen.values()])  # (M, B)
+    slots = dict(zip(seen, counts.amax(1).tolist(), strict=True))
+    totals = counts.sum(0)
+    length, is_ragged = max(1, int(totals.max())), bool((counts != counts[:, :1]).any())
+    if sum(slots.values()) < length:  # nothing is visible at all: one empty slot keeps the shapes alive
+        slots[next(iter(slots))] = 1
+    return assemble(tokens, seen, slots, length, is_ragged or not int(totals.min()))
+
+
+def assemble(
+    tokens: dict[str, Tokens],
+    is_visible: dict[str, Tensor],
+    slots: dict[str, int],
+    length: int,
+    is_ragged: bool = False,
+) -> MaskPlan:
+    """Turn masks into the indices of a `MaskPlan`.
+
+    Args:
+        tokens: modality -> tokens, for counts and validity.
+        is_visible: modality -> (B, N) bool.
+        slots: modality -> S, room for visible tokens; at least as many as any sample sees.
+        length: V, room in the encoder.
+        is_ragged: samples may see fewer than `length` tokens though all tokens are valid.
+    """
+    visible, target, is_target, is_filled = {}, {}, {}, {}
+    all_valid = all(part.is_valid is None for part in tokens.values()) and not is_ragged
+    is_exact = all_valid and sum(slots.values()) == length
+    for name, part in tokens.items():
+        mask, room = is_visible[name], slots[name]
+        order = torch.argsort(~mask, dim=1, stable=True)
+        visible[name] = order[:, :room]
+        is_filled[name] = take(mask, visible[name])
+        if is_exact:
+            target[name] = order[:, room:]
+        else:
+            target[name] = torch.arange(part.count, device=mask.device).expand(mask.shape)
+            is_target[name] = ~mask if part.is_valid is None else ~mask & part.is_valid
+    if is_exact:
+        return MaskPlan(visible, target)
+    filled = torch.cat(list(is_filled.values()), dim=1)
+    order = torch.argsort(~filled, dim=1, stable=True)[:, :length]
+    return MaskPlan(visible, target, is_target, order, None if all_valid else take(filled, order))
+
+
+def _scorer(settings: dict):
+    part, spec = build_spec("scorers", settings, "masking.scorer")
+    return part(spec)
+
+
+def _rank(scores: Tensor, is_valid: Tensor | None) -> Tensor:
+    """Return (B, N) the place of each token in ascending score order, tokens that don't exist last."""
+    if is_valid is not None:
+        scores = scores.masked_fill(~is_valid, torch.inf)
+    return scores.argsort(dim=1, stable=True).argsort(dim=1)
+
+
+def _valid_quota(visible: float, part: Tokens) -> Tensor | int:
+    if part.is_valid is None:
+        return amount(visible, part.count)
+    there = part.is_valid.sum(1, keepdim=True)
+    if isinstance(visible, float):
+        return (there * visible + 1e-9).floor().clamp(min=1).minimum(there)
+    return there.clamp(max=amount(visible, part.count))
+
+
+def _joined_validity(tokens: dict[str, Tokens]) -> Tensor | None:
+    if all(part.is_valid is None for part in tokens.values()):
+        return None
+    masks = [
+        torch.ones(p.values.shape[:2], dtype=torch.bool, device=p.values.device) if p.is_valid is None else p.is_valid
+        for p in tokens.values()
+    ]
+    return torch.cat(masks, dim=1)
+
+
+def _random_subset(takes_part: Tensor, draws: Draws) -> Tensor:
+    """Choose uniformly one non-empty subset of the modalities that each sample has: (B, M) bool -> (B, M) bool."""
+    modalities = takes_part.shape[1]
+    numbers = torch.arange(1, 2**modalities, device=takes_part.device).unsqueeze(1)
+    subsets = (numbers >> torch.arange(modalities, device=takes_part.device)) & 1 == 1  # (2^M - 1, M)
+    is_possible = (takes_part.unsqueeze(1) | ~subsets).all(-1)  # (B, 2^M - 1)
+    lot = draws.uniform("subset", len(subsets)).masked_fill(~is_possible, -1.0)
+    return subsets[lot.argmax(1)]
+
+
+def _check_names(where: str, given: set[str], names: tuple[str, ...]) -> None:
+    if given != set(names):
+        raise M3Error(
+            f"{where} must name exactly the modalities of the view ({', '.join(names)}), "
+            f"got {', '.join(sorted(given))}; add or remove entries."
+        )

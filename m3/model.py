@@ -1,0 +1,288 @@
+"""M3Model: tokenizers, backbone and objectives put together, as a transformers model.
+
+Letters: B batch, N content tokens of a modality, V visible tokens, D width, P values per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from m3 import masking
+from m3.backbone import Backbone, BackboneSpec
+from m3.config import M3Config
+from m3.errors import M3Error, explain, nearest
+from m3.plugins import Modality, Objective, Tokenizer, View, build_spec
+from m3.positions import embed_positions
+from m3.random import Draws
+from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens, take
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch after tokenising and masking, ready for the network.
+
+    Attributes:
+        tokens: modality -> its tokens, unmasked.
+        plans: view -> which tokens are visible and which are targets.
+    """
+
+    tokens: dict[str, Tokens]
+    plans: dict[View, MaskPlan]
+
+
+@dataclass
+class M3Output(ModelOutput):
+    """What `M3Model` returns.
+
+    Attributes:
+        loss: () weighted sum of the parts, each divided by its own count.
+        parts: the parts as sums and counts, for dividing over several batches or ranks.
+    """
+
+    loss: Tensor | None = None
+    parts: Loss | None = None
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """What `M3Model.reconstruct` returns.
+
+    Attributes:
+        predicted: target -> the whole predicted signal, as the modality's `normalise` returns it.
+        plan: what the encoder saw.
+        is_visible: modality -> (B, *size) bool per position, True where the encoder saw it.
+    """
+
+    predicted: dict[str, Tensor]
+    plan: MaskPlan
+    is_visible: dict[str, Tensor]
+
+
+def build_modalities(settings: dict[str, Any]) -> dict[str, Modality]:
+    """Make the modality objects of a config or recipe: name -> settings to name -> `Modality`."""
+    built = {}
+    for name, entry in settings.items():
+        own = {key: value for key, value in entry.items() if key != "tokenizer"}
+        part, spec = build_spec("modalities", own, f"modalities.{name}")
+        built[name] = part(spec)
+    return built
+
+
+class M3Model(PreTrainedModel):
+    """One transformer over all modalities of its config, with the decoders of its objectives."""
+
+    config_class = M3Config
+    base_model_prefix = "m3"
+    main_input_name = "batch"
+    _no_split_modules = ("Block",)
+
+    def __init__(self, config: M3Config) -> None:
+        super().__init__(config)
+        if not config.modalities or not config.objectives:
+            raise M3Error("the config names no modalities or no objectives; build it from a recipe.")
+        spec = _backbone_spec(config)
+        self.modalities = build_modalities(config.modalities)
+        self.tokenizers = nn.ModuleDict()
+        for name, modality in self.modalities.items():
+            where = f"modalities.{name}.tokenizer"
+            if "tokenizer" not in config.modalities[name]:
+                raise M3Error(f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`.")
+            part, settings = build_spec("tokenizers", config.modalities[name]["tokenizer"], where)
+            self.tokenizers[name] = part(settings, modality.signal, spec.width)
+        self.modality_embeddings = nn.ParameterDict()
+        if spec.modality_embedding:
+            for name in self.modalities:
+                self.modality_embeddings[name] = nn.Parameter(torch.empty(1, spec.width))
+        self.backbone = Backbone(spec)
+        self.objectives = nn.ModuleDict()
+        for name, entry in config.objectives.items():
+            part, settings = build_spec("objectives", entry, f"objectives.{name}")
+            self.objectives[name] = part(settings, dict(self.tokenizers.items()), spec)
+        self.views: dict[View, Any] = {}
+        for objective in self._objectives().values():
+            for view in objective.views:
+                self.views[view] = masking.build(view)
+        self.post_init()
+
+    # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch, seed: int | None = None) -> Prepared:
+        """Tokenise a batch and draw its masks.
+
+        Args:
+            batch: raw signals on the model's device.
+            seed: of the masks; the config's if left out.
+        """
+        tokens = self.tokenise(batch)
+        draws = Draws(batch.keys, self.config.seed if seed is None else seed)
+        plans = {}
+        for view, selection in self.views.items():
+            seen = {name: tokens[name] for name in view.modalities if name in tokens}
+            if not seen:
+                raise M3Error(f"the batch has none of {', '.join(view.modalities)}; give at least one of them.")
+            plans[view] = selection(seen, draws)
+        return Prepared(tokens, plans)
+
+    @torch.no_grad()
+    def tokenise(self, batch: Batch) -> dict[str, Tokens]:
+        """Normalise the raw signals of a batch and cut them into tokens."""
+        tokens = {}
+        for name, raw in batch.signals.items():
+            if name not in self.modalities:
+                raise M3Error(f"the model has no modality `{name}`.{nearest(name, self.modalities)}")
+            part = self._tokenizer(name).tokenize(self.modalities[name].normalise(raw))
+            if name in batch.is_present:
+                there = batch.is_present[name].unsqueeze(1).expand(-1, part.count)
+                is_valid = there if part.is_valid is None else there & part.is_valid
+                part = Tokens(part.values, part.positions, is_valid)
+            tokens[name] = part
+        return {name: tokens[name] for name in self.modalities if name in tokens}
+
+    def counts(self, prepared: Prepared) -> dict[str, Tensor]:
+        """Return the count of every part of the loss that `forward` will return, without running the network."""
+        counts = {}
+        for name, objective in self._objectives().items():
+            for part, count in objective.counts(prepared.plans, prepared.tokens).items():
+                counts[f"{name}/{part}"] = count
+        return counts
+
+    def forward(self, batch: Batch | Prepared) -> M3Output:
+        """Compute the losses of all objectives.
+
+        Args:
+            batch: raw signals, or what `prepare` made of them.
+        """
+        prepared = self.prepare(batch) if isinstance(batch, Batch) else batch
+        encoded = {view: self.encode_tokens(prepared.tokens, plan) for view, plan in prepared.plans.items()}
+        parts = {}
+        for name, objective in self._objectives().items():
+            for part, value in objective(encoded, prepared.tokens).parts.items():
+                parts[f"{name}/{part}"] = value
+        loss = Loss(parts)
+        return M3Output(loss=loss.total(), parts=loss)
+
+    def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
+        """Embed and encode the visible tokens of one view, and only those."""
+        slots = {}
+        for name, index in plan.visible.items():
+            x = self._tokenizer(name).embed(take(tokens[name].values, index))
+            table = embed_positions(tokens[name].positions, x.shape[-1], self.backbone.spec.axis_order)
+            x = x + take(table, index)
+            if name in self.modality_embeddings:
+                x = x + self.modality_embeddings[name]
+            slots[name] = x
+        return self.backbone(plan.pack(slots), plan, layers)
+
+    # -- using a trained model --------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def encode(self, batch: Batch, layers: tuple[int, ...] = ()) -> Encoded:
+        """Encode everything in a batch, nothing hidden.
+
+        Args:
+            batch: raw signals of any subset of the modalities.
+            layers: numbers of blocks whose output is kept in `Encoded.layers`.
+        """
+        tokens = self.tokenise(batch.to(self.device))
+        return self.encode_tokens(tokens, masking.everything(tokens), layers)
+
+    @torch.no_grad()
+    def reconstruct(
+        self, batch: Batch, visible: float | dict[str, float | Tensor] | None = None, seed: int = 0
+    ) -> Reconstruction:
+        """Show a part of the batch to the encoder and predict every target of the model from it.
+
+        Args:
+            batch: raw signals. A modality that is not in it is predicted all the same, at its usual size.
+            visible: share (a float in [0, 1]) or number (an int) of visible tokens for all modalities or for
+                each by name, or a mask (B, N) bool, True where visible; unnamed modalities are hidden. None:
+                the masking of the recipe.
+            seed: of the masks.
+        """
+        batch = batch.to(self.device)
+        tokens = self.tokenise(batch)
+        objective = next((o for o in self._objectives().values() if hasattr(o, "predict")), None)
+        if objective is None:
+            raise M3Error("the model has no objective that predicts signals; reconstruct needs `type: reconstruct`.")
+        draws = Draws(batch.keys, seed)
+        seen = {name: tokens[name] for name in objective.view.modalities if name in tokens}
+        if visible is None:
+            plan = self.views[objective.view](seen, draws)
+        else:
+            plan = masking.explicit(seen, masking.masks(seen, visible, draws))
+        encoded = self.encode_tokens(tokens, plan)
+        predicted = {}
+        for name, modality in objective.modality_of.items():
+            part = tokens[modality] if modality in tokens else self._blank(modality, len(batch))
+            everything = torch.arange(part.count, device=self.device).expand(len(batch), -1)
+            output = objective.predict(name, encoded, {**tokens, modality: part}, everything)
+            values = self._tokenizer(modality).decode(objective.providers[name].restore(output, part))
+            predicted[name] = self._tokenizer(modality).detokenize(values, self._size(batch, modality))
+        is_visible = {name: self._seen_positions(batch, tokens, plan, name) for name in seen}
+        return Reconstruction(predicted, plan, is_visible)
+
+    def _seen_positions(self, batch: Batch, tokens: dict[str, Tokens], plan: MaskPlan, name: str) -> Tensor:
+        """Return (B, *size) bool: the visible tokens of `name` spread over the positions they cover."""
+        values = tokens[name].values
+        is_seen = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
+        is_own = plan.packed_modality() == list(plan.visible).index(name)
+        if plan.is_valid is not None:
+            is_own &= plan.is_valid
+        sample, place = is_own.nonzero(as_tuple=True)
+        is_seen[sample, plan.packed_index()[sample, place]] = True
+        spread = is_seen.unsqueeze(-1).expand(values.shape)
+        x = self._tokenizer(name).detokenize(spread, self._size(batch, name))
+        return x.flatten(1, -len(self.modalities[name].signal.size) - 1).any(1) if x.ndim > 3 else x
+
+    def _size(self, batch: Batch, name: str) -> tuple[int, ...]:
+        size = self.modalities[name].signal.size
+        return tuple(batch.signals[name].shape[-len(size) :]) if name in batch.signals else size
+
+    def _blank(self, name: str, count: int) -> Tokens:
+        """Return tokens of an absent modality: places without content, for decoders that predict it."""
+        signal = self.modalities[name].signal
+        shape = (count, *signal.size) if signal.kind == "classes" else (count, signal.channels, *signal.size)
+        dtype = torch.long if signal.kind == "classes" else torch.float32
+        return self._tokenizer(name).tokenize(torch.zeros(shape, dtype=dtype, device=self.device))
+
+    def _tokenizer(self, name: str) -> Tokenizer:
+        return self.tokenizers[name]  # type: ignore[return-value]  # ModuleDict forgets the class of its values
+
+    def _objectives(self) -> dict[str, Objective]:
+        return dict(self.objectives.items())  # type: ignore[arg-type]  # as above
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as MAE does: xavier-uniform matrices, zero biases, N(0, 0.02) tokens and embeddings."""
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.02)
+        else:
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 1:
+                    init.normal_(parameter, std=0.02)
+                else:  # learned log-variances start at 0, weight 1
+                    init.zeros_(parameter)
+
+
+def _backbone_spec(config: M3Config) -> BackboneSpec:
+    from pydantic import ValidationError
+
+    try:
+        return BackboneSpec(**(config.backbone or {}))
+    except ValidationError as error:
+        raise explain(error, BackboneSpec, "backbone") from error

@@ -1,0 +1,1 @@
+"""Objectives: from encoded views to a loss. One file each, named after its type in the recipe."""

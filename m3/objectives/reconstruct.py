@@ -1,0 +1,185 @@
+"""Masked reconstruction: predict hidden tokens of one or several modalities from the visible ones.
+
+MAE is this with one modality and MAE's decoder; MultiMAE with several and one cross-attention decoder each.
+Letters: B batch, T targets, P values per token, K classes.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from m3.backbone import BackboneSpec
+from m3.errors import M3Error, nearest
+from m3.plugins import Objective, Strict, Tokenizer, View, build_spec
+from m3.types import Encoded, Loss, MaskPlan, Part, Tokens
+
+
+class TargetSpec(Strict):
+    """One thing to predict.
+
+    Attributes:
+        of: modality it belongs to; the target's own name if left out.
+        target: provider of the true values.
+        loss: `mse`, `l1`, `smooth_l1` (values) or `cross_entropy` (class ids).
+        decoder: overrides the objective's decoder.
+        weight: factor on this part of the loss.
+    """
+
+    of: str | None = None
+    target: dict = Field(default={"type": "values"})
+    loss: Literal["mse", "l1", "smooth_l1", "cross_entropy"] = "mse"
+    decoder: dict | None = None
+    weight: float = 1.0
+
+
+class Reconstruct(Objective):
+    """Sum over targets of the mean loss of hidden positions."""
+
+    class Spec(Strict):
+        """Settings of `type: reconstruct`.
+
+        Attributes:
+            inputs: modalities that the encoder may see; all of the model's if left out.
+            masking: selection of visible and target tokens.
+            decoder: decoder of every target that has none of its own.
+            targets: name -> what to predict.
+            average: `token`: mean over all target values of the global batch (MAE); `sample`: mean within
+                each sample, then over the samples that have targets (MultiMAE).
+            balance: `none`, or `uncertainty`: learned log-variances s weigh the parts,
+                exp(-s) L + s (Kendall et al. 2018; MultiMAE's option).
+        """
+
+        inputs: tuple[str, ...] | None = None
+        masking: dict = Field(default={"type": "fixed", "visible": 0.25})
+        decoder: dict = Field(default={"type": "self_decoder"})
+        targets: dict[str, TargetSpec] = Field(min_length=1)
+        average: Literal["token", "sample"] = "token"
+        balance: Literal["none", "uncertainty"] = "none"
+
+    def __init__(self, spec: Spec, tokenizers: dict[str, Tokenizer], backbone: BackboneSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.inputs = spec.inputs or tuple(tokenizers)
+        for name in self.inputs:
+            _check_modality("inputs", name, tokenizers)
+        self.view = View(self.inputs, json.dumps(spec.masking, sort_keys=True))
+        self.views = (self.view,)
+        self.decoders = nn.ModuleDict()
+        self.providers, self.modality_of, self.classes = {}, {}, {}
+        for name, target in spec.targets.items():
+            modality = target.of or name
+            _check_modality(f"targets.{name}", modality, tokenizers)
+            tokenizer = tokenizers[modality]
+            part, settings = build_spec("targets", target.target, f"targets.{name}.target")
+            self.providers[name] = part(settings, tokenizer)
+            decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")
+            self.decoders[name] = decoder(settings, backbone, self.inputs, modality, self.providers[name].width)
+            self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
+            _check_loss(name, target.loss, tokenizer)
+        self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
+        self.has_gaps = {name: tokenizers[m].signal.has_gaps for name, m in self.modality_of.items()}
+
+    def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
+        """Return one part per target, named after it."""
+        view = encoded[self.view]
+        parts = {}
+        for number, (name, target) in enumerate(self.spec.targets.items()):
+            modality = self.modality_of[name]
+            if modality not in tokens:
+                raise M3Error(f"the batch has no `{modality}`, which target `{name}` needs; add it to the data.")
+            index, is_target = self._targets(view.plan, tokens, modality)
+            predicted = self.predict(name, view, tokens, index)
+            truth = self.providers[name](tokens[modality], index)
+            weights = _weights(truth, is_target, self.has_gaps[name])
+            if self.has_gaps[name]:  # NaN would poison the gradient even where the weight is False
+                truth = truth.nan_to_num(0.0)
+            losses = _losses(target.loss, predicted.float(), truth, self.classes[name])
+            total, count = reduce(losses, weights, self.spec.average)
+            weight = target.weight
+            if self.log_variance is not None:
+                weight = weight * torch.exp(-self.log_variance[number])
+            parts[name] = Part(total, count, weight)
+        if self.log_variance is not None:
+            samples = torch.tensor(float(len(view.sequence)), device=view.sequence.device)
+            parts["balance"] = Part(self.log_variance.sum() * samples, samples)
+        return Loss(parts)
+
+    def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
+        """Return the count of every part that `forward` will return."""
+        counts = {}
+        for name in self.spec.targets:
+            modality = self.modality_of[name]
+            index, is_target = self._targets(plans[self.view], tokens, modality)
+            truth = self.providers[name](tokens[modality], index)
+            weights = _weights(truth, is_target, self.has_gaps[name])
+            counts[name] = reduce(torch.zeros_like(truth, dtype=torch.float32), weights, self.spec.average)[1]
+        if self.log_variance is not None:
+            counts["balance"] = torch.tensor(float(len(index)), device=index.device)
+        return counts
+
+    def predict(self, name: str, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
+        """Predict target `name` at the tokens index (B, T) -> (B, T, output width)."""
+        return self.decoders[name](encoded, tokens, index)
+
+    def _targets(self, plan: MaskPlan, tokens: dict[str, Tokens], modality: str) -> tuple[Tensor, Tensor | None]:
+        """Return target indices (B, T) and which of them count; a modality that is no input is predicted whole."""
+        if modality in plan.target:
+            return plan.target[modality], plan.is_target.get(modality)
+        part = tokens[modality]
+        everything = torch.arange(part.count, device=part.values.device)
+        return everything.expand(len(part.values), -1), part.is_valid
+
+
+def reduce(losses: Tensor, weights: Tensor | None, average: str) -> tuple[Tensor, Tensor]:
+    """Add up losses (B, T, P) where weights (B, T, 1 or P) is True -> sum () and count ().
+
+    `token` counts values; `sample` takes the mean within each sample and counts samples that have a target.
+    """
+    if weights is None:
+        if average == "sample":
+            return losses.flatten(1).mean(1).sum(), losses.new_tensor(len(losses))
+        return losses.sum(), losses.new_tensor(losses.numel())
+    weights = weights.expand_as(losses)
+    losses = losses * weights
+    if average == "token":
+        return losses.sum(), weights.sum().to(losses.dtype)
+    counts = weights.flatten(1).sum(1)
+    return (losses.flatten(1).sum(1) / counts.clamp(min=1)).sum(), (counts > 0).sum().to(losses.dtype)
+
+
+def _losses(kind: str, predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+    """Return (B, T, P) losses of single values; those of unknown values mean nothing and are not counted."""
+    if kind == "cross_entropy":
+        scores = predicted.reshape(-1, classes)
+        losses = F.cross_entropy(scores, truth.reshape(-1), reduction="none", ignore_index=-1)
+        return losses.reshape(truth.shape)
+    measure = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[kind]
+    return measure(predicted, truth.float(), reduction="none")
+
+
+def _weights(truth: Tensor, is_target: Tensor | None, has_gaps: bool) -> Tensor | None:
+    """Return (B, T, 1 or P) bool, True for values that count; None when all do."""
+    weights = None if is_target is None else is_target.unsqueeze(-1)
+    if has_gaps:
+        is_known = ~truth.isnan() if truth.is_floating_point() else truth >= 0
+        weights = is_known if weights is None else weights & is_known
+    return weights
+
+
+def _check_modality(where: str, name: str, tokenizers: dict[str, Tokenizer]) -> None:
+    if name not in tokenizers:
+        raise M3Error(f"reconstruct.{where} names `{name}`, which is no modality of the recipe.{nearest(name, tokenizers)}")
+
+
+def _check_loss(name: str, loss: str, tokenizer: Tokenizer) -> None:
+    if (loss == "cross_entropy") != (tokenizer.signal.kind == "classes"):
+        raise M3Error(
+            f"target `{name}` holds {tokenizer.signal.kind}, which loss `{loss}` can't compare; "
+            f"use cross_entropy for classes and mse, l1 or smooth_l1 for values."
+        )

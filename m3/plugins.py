@@ -1,0 +1,282 @@
+"""What a modality and a tokenizer are, and how parts are found by name.
+
+A part is named in a recipe by its type. `image` is the class `Image` in the file `modalities/image.py`, found
+by that rule alone: no registry. Others publish an entry point (group `m3.modalities`, `m3.tokenizers`,
+`m3.objectives`, ...) or are named in full, `"their_package.lidar:Lidar"`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+from abc import ABC, abstractmethod
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from m3.errors import M3Error, explain, nearest
+from m3.types import Encoded, Loss, MaskPlan, Tokens
+
+# Where the built-in parts of each kind live: a folder of files, or one file that holds them all.
+HOMES = {
+    "modalities": "m3.modalities",
+    "tokenizers": "m3.tokenizers",
+    "objectives": "m3.objectives",
+    "sources": "m3.data.sources",
+    "maskings": "m3.masking",
+    "scorers": "m3.scorers",
+    "decoders": "m3.heads",
+    "targets": "m3.targets",
+}
+
+
+class Strict(BaseModel):
+    """A settings model that refuses unknown keys and wrong types, and does not change after it is read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
+
+
+class Signal(NamedTuple):
+    """What a modality hands to its tokenizer.
+
+    Attributes:
+        kind: `values` are floats around 0; `classes` are int64 ids.
+        channels: values per position (1 for classes).
+        size: extent along each position axis, e.g. (height, width), that the model is built for.
+        classes: number of classes, 0 for values.
+        has_gaps: some positions may be unknown: NaN in values, -1 in class ids. No loss asks for them.
+    """
+
+    kind: Literal["values", "classes"]
+    channels: int
+    size: tuple[int, ...]
+    classes: int = 0
+    has_gaps: bool = False
+
+
+class Crop(NamedTuple):
+    """One geometric decision, shared by all aligned modalities of a sample; shares of height and width in [0, 1]."""
+
+    top: float
+    left: float
+    height: float
+    width: float
+    is_flipped: bool
+
+
+class Modality(ABC):
+    """What a signal is: how to load, fit, normalise, show and measure it. Holds no parameters.
+
+    A subclass defines `Spec`, the settings of the recipe, and the methods below. "Raw" is the form in which
+    a sample travels to the device: compact and in the signal's own unit.
+    """
+
+    class Spec(Strict):
+        """The settings of the modality in the recipe."""
+
+    extensions: ClassVar[tuple[str, ...]] = ()
+    """File endings that `load` reads, lower case, with the dot."""
+
+    measure: ClassVar[str] = "error"
+    """Name and unit of what `score` returns, e.g. `PSNR dB`."""
+
+    higher_is_better: ClassVar[bool] = False
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+
+    @property
+    @abstractmethod
+    def signal(self) -> Signal:
+        """What `normalise` returns, for the tokenizer."""
+
+    @abstractmethod
+    def load(self, path: Path) -> Any:
+        """Read one file into a raw array. Raises any exception whose text says what is wrong with the file."""
+
+    @abstractmethod
+    def to_raw(self, sample: Any) -> Tensor:
+        """Check one raw sample (array, tensor, PIL image) and make it a tensor without batch axis."""
+
+    @abstractmethod
+    def fit(self, raw: Tensor, crop: Crop | None) -> Tensor:
+        """Bring a raw sample to the size the model reads: this crop of it, or as much as possible of its middle."""
+
+    @abstractmethod
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Turn a raw batch (B, ...) into what the tokenizer reads, on the tensor's own device."""
+
+    @abstractmethod
+    def show(self, signal: Tensor) -> np.ndarray:
+        """Draw one normalised or predicted signal (as `normalise` returns it, no batch axis) as uint8 (H, W, 3)."""
+
+    @abstractmethod
+    def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
+        """Return sums over the batch that add up over batches; `finish_score` turns them into the measure.
+
+        Args:
+            predicted: (B, ...) as `normalise` returns it.
+            truth: the same shape.
+            weight: the same shape as positions (B, *size), True where the prediction counts.
+        """
+
+    @abstractmethod
+    def finish_score(self, sums: Tensor) -> float:
+        """Turn the added sums of `score` into the measure."""
+
+
+class Tokenizer(nn.Module, ABC):
+    """Raw tensor to tokens and back. `tokenize` has no parameters; `embed` holds the learned projection."""
+
+    class Spec(Strict):
+        """The settings of the tokenizer in the recipe."""
+
+    value_width: int
+    """P, the values per token that `tokenize` returns."""
+
+    output_width: int
+    """Numbers per token that a head must predict (P, or P times the number of classes)."""
+
+    axes: int
+    """A, the number of position axes."""
+
+    def __init__(self, spec: Any, signal: Signal, width: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.signal = signal
+        self.width = width
+
+    @abstractmethod
+    def tokenize(self, signal: Tensor) -> Tokens:
+        """Cut a normalised signal (B, ...) into tokens with values (B, N, P)."""
+
+    @abstractmethod
+    def embed(self, values: Tensor) -> Tensor:
+        """Project token values (B, S, P) to the model's width (B, S, D)."""
+
+    @abstractmethod
+    def detokenize(self, values: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Put token values (B, N, P) together to a signal of `size`."""
+
+    @abstractmethod
+    def decode(self, output: Tensor) -> Tensor:
+        """Turn what a head predicts (B, N, output_width) into token values (B, N, P)."""
+
+
+class View(NamedTuple):
+    """These modalities, under this mask, encoded together. Equal views are encoded once per step.
+
+    Attributes:
+        modalities: names, in the order in which their tokens are joined.
+        masking: the settings of the selection, as canonical JSON so that views can be compared.
+    """
+
+    modalities: tuple[str, ...]
+    masking: str
+
+
+class Objective(nn.Module, ABC):
+    """Turns encoded views into a loss. It declares the views; the model encodes each distinct one once."""
+
+    class Spec(Strict):
+        """The settings of the objective in the recipe."""
+
+    views: tuple[View, ...]
+
+    @abstractmethod
+    def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
+        """Compute the loss. Every parameter of the objective takes part in the graph, also where nothing counts."""
+
+    @abstractmethod
+    def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
+        """Return the `count` of every part that `forward` will return, from the plans alone.
+
+        The trainer adds them over all micro-batches and ranks before the first backward pass.
+        """
+
+
+def find(kind: str, name: str) -> type:
+    """Return the class that a recipe means by `name` in one of the `HOMES`.
+
+    Raises:
+        M3Error: no such part, or it fails to load; the message names the part and the cause.
+    """
+    if ":" in name:
+        return _import(kind, name, name)
+    home = HOMES[kind]
+    if importlib.util.find_spec(f"{home}.{name}" if _is_package(home) else home):
+        module = importlib.import_module(f"{home}.{name}" if _is_package(home) else home)
+        found = getattr(module, class_name(name), None)
+        if found is not None:
+            return found
+    for entry in entry_points(group=f"m3.{kind}"):
+        if entry.name == name:
+            return _import(kind, name, entry.value)
+    raise M3Error(
+        f"`{name}` in `{kind}` is not known: neither built in, nor an installed plugin; install the package that "
+        f"provides it or write \"package.module:Class\".{nearest(name, available(kind))}"
+    )
+
+
+def available(kind: str) -> list[str]:
+    """Return the names that `find` knows: built in and from installed packages."""
+    home = importlib.import_module(HOMES[kind])
+    if _is_package(HOMES[kind]):
+        names = [info.name for info in pkgutil.iter_modules(home.__path__) if not info.name.startswith("_")]
+    else:
+        own = {n: o for n, o in vars(home).items() if getattr(o, "__module__", "") == home.__name__}
+        names = [_type_name(name) for name, part in own.items() if hasattr(part, "Spec")]
+    return sorted({*names, *(entry.name for entry in entry_points(group=f"m3.{kind}"))})
+
+
+def class_name(name: str) -> str:
+    """`semantic_map` -> `SemanticMap`."""
+    return "".join(word.capitalize() for word in name.split("_"))
+
+
+def _type_name(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
+
+
+def _is_package(home: str) -> bool:
+    return hasattr(importlib.import_module(home), "__path__")
+
+
+def _import(kind: str, name: str, target: str) -> type:
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise M3Error(
+            f"the plugin `{name}` in `{kind}` failed to load: {type(error).__name__}: {error}. "
+            f"Install or repair the package `{module.partition('.')[0]}`."
+        ) from error
+
+
+def build_spec(kind: str, settings: dict[str, Any], where: str) -> tuple[Any, Any]:
+    """Return the class that `settings["type"]` names and its `Spec`, filled from the other settings.
+
+    Args:
+        kind: one of `HOMES`.
+        settings: what the recipe or a config says about the part.
+        where: key path for error messages, e.g. `modalities.image`.
+
+    Raises:
+        M3Error: no `type`, an unknown one, an unknown key or a wrong value.
+    """
+    settings = dict(settings)
+    if "type" not in settings:
+        raise M3Error(f"{where}: there is no `type`; add one.{nearest('', available(kind))}")
+    try:
+        part = find(kind, settings.pop("type"))
+    except M3Error as error:
+        raise M3Error(f"{where}.type: {error}") from error
+    try:
+        return part, part.Spec(**settings)
+    except ValidationError as error:
+        raise explain(error, part.Spec, where) from error

@@ -1,0 +1,119 @@
+"""Photographs and other images with any number of 8-bit channels.
+
+Letters: B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from PIL import ImageOps
+from pydantic import PositiveInt
+from torch import Tensor
+
+from m3.data.geometry import fit_map
+from m3.errors import M3Error
+from m3.plugins import Crop, Modality, Signal, Strict
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Image(Modality):
+    """Raw: uint8 (C, H, W), 0 to 255. Normalised: (raw / 255 - mean) / std per channel."""
+
+    class Spec(Strict):
+        """Settings of `type: image`.
+
+        Attributes:
+            size: height and width the model reads; one number for square images.
+            channels: C.
+            mean: per channel, in [0, 1]; ImageNet's for 3 channels, else 0.5.
+            std: per channel; ImageNet's for 3 channels, else 0.25.
+        """
+
+        size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
+        channels: PositiveInt = 3
+        mean: tuple[float, ...] | None = None
+        std: tuple[float, ...] | None = None
+
+    extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+    measure = "PSNR (dB)"
+    higher_is_better = True
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.size = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
+        is_rgb = spec.channels == 3
+        self.mean = spec.mean or (IMAGENET_MEAN if is_rgb else (0.5,) * spec.channels)
+        self.std = spec.std or (IMAGENET_STD if is_rgb else (0.25,) * spec.channels)
+        if len(self.mean) != spec.channels or len(self.std) != spec.channels:
+            raise M3Error(
+                f"image: mean and std must have {spec.channels} values, one per channel, "
+                f"got {len(self.mean)} and {len(self.std)}."
+            )
+
+    @property
+    def signal(self) -> Signal:
+        """Values (B, C, H, W)."""
+        return Signal("values", self.spec.channels, self.size)
+
+    def load(self, path: Path) -> PILImage.Image:
+        """Decode an image file, turned upright as its EXIF data say."""
+        with PILImage.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+
+    def to_raw(self, sample: Any) -> Tensor:
+        """Read a PIL image or an array/tensor, uint8 (H, W), (H, W, C) or (C, H, W) -> uint8 (C, H, W)."""
+        if isinstance(sample, PILImage.Image):
+            if self.spec.channels in (1, 3):
+                sample = sample.convert("RGB" if self.spec.channels == 3 else "L")
+            sample = np.array(sample)
+        x = torch.as_tensor(sample)
+        if x.ndim == 2:
+            x = x.unsqueeze(0)
+        elif x.ndim == 3 and x.shape[0] != self.spec.channels and x.shape[2] == self.spec.channels:
+            x = x.permute(2, 0, 1)
+        if x.dtype != torch.uint8 or x.ndim != 3 or x.shape[0] != self.spec.channels:
+            raise M3Error(
+                f"an image must be uint8 with {self.spec.channels} channels, got {x.dtype} of shape {tuple(x.shape)}; "
+                f"convert it to 0 to 255 or set `channels`."
+            )
+        return x.contiguous()
+
+    def fit(self, raw: Tensor, crop: Crop | None) -> Tensor:
+        """Crop and resize (bicubic, antialiased) to `size`."""
+        return fit_map(raw, self.size, crop, "bicubic")
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Turn uint8 (B, C, H, W) into float32 with mean 0 and deviation 1 per channel."""
+        mean, std = self._statistics(raw.device)
+        return (raw.float() - mean * 255) / (std * 255)
+
+    def show(self, signal: Tensor) -> np.ndarray:
+        """Draw (C, H, W); the first three channels, or the first one in grey."""
+        pixels = self._pixels(signal.unsqueeze(0))[0].permute(1, 2, 0)
+        pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].expand(-1, -1, 3)
+        return (pixels * 255).round().to(torch.uint8).cpu().numpy()
+
+    def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
+        """Sum squared errors of pixels in [0, 1] and their number -> (2,)."""
+        error = (self._pixels(predicted) - self._pixels(truth)).square().mean(1)
+        return torch.stack([(error * weight).sum(), weight.sum()]).double()
+
+    def finish_score(self, sums: Tensor) -> float:
+        """Peak signal-to-noise ratio in dB, 10 log10(1 / mean squared error)."""
+        return float(-10 * torch.log10((sums[0] / sums[1]).clamp(min=1e-10)))
+
+    def _pixels(self, signal: Tensor) -> Tensor:
+        mean, std = self._statistics(signal.device)
+        return (signal.float() * std + mean).clamp(0, 1)
+
+    def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        shape = (1, -1, 1, 1)
+        return torch.tensor(self.mean, device=device).view(shape), torch.tensor(self.std, device=device).view(shape)
