@@ -1,0 +1,103 @@
+"""The `m3` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+from m3.errors import M3Error
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; a mistake of the user ends with one sentence and exit code 2."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
+    try:
+        return options.run(options) or 0
+    except M3Error as error:
+        print(f"m3 {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="m3", description="Multimodal masked modelling from recipes.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run, text: str, recipe: bool = True) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        if recipe:
+            command.add_argument("recipe", help="YAML file or name of a packaged recipe")
+            command.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe")
+        command.set_defaults(run=run)
+        return command
+
+    command = add("train", _train, "train a recipe")
+    command.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint of the run"
+    )
+    add("show", _show, "print the resolved recipe, parameters, tokens, FLOPs and memory")
+    add("check", _check, "build a recipe tiny, run three steps, save and reload")
+    command = add("bench", _bench, "measure training speed, utilisation and memory")
+    command.add_argument("--against", choices=["transformers"], help="measure this peer in the same run")
+    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--steps", type=int, default=5, help="timed steps, the median counts (default 5)")
+    command = add("reconstruct", _reconstruct, "draw what a model predicts for files", recipe=False)
+    command.add_argument("model", help="model folder or Hub id")
+    command.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="files, or modality=file for models of several"
+    )
+    command.add_argument(
+        "--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's"
+    )
+    command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
+    add("doctor", _doctor, "print versions, devices and which optional parts load", recipe=False)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from m3.recipe import load_recipe
+    from m3.train import train
+
+    train(load_recipe(options.recipe, options.overrides), resume=options.resume)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from m3.recipe import load_recipe
+    from m3.summary import print_summary
+
+    print_summary(load_recipe(options.recipe, options.overrides))
+
+
+def _check(options: argparse.Namespace) -> None:
+    from m3.check import check
+    from m3.recipe import load_recipe
+
+    check(load_recipe(options.recipe, options.overrides))
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from m3.bench import bench
+    from m3.recipe import load_recipe
+
+    bench(load_recipe(options.recipe, options.overrides), options.against, options.json, options.steps)
+
+
+def _reconstruct(options: argparse.Namespace) -> None:
+    from m3.reconstruct import reconstruct_files
+
+    visible = None if options.visible is None else float(options.visible)
+    reconstruct_files(options.model, options.inputs, Path(options.out), visible, options.seed)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from m3.doctor import print_report
+
+    print_report()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

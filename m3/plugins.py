@@ -60,13 +60,16 @@ class Signal(NamedTuple):
 
 
 class Crop(NamedTuple):
-    """One geometric decision, shared by all aligned modalities of a sample; shares of height and width in [0, 1]."""
+    """One geometric decision, shared by all aligned modalities of a sample.
 
-    top: float
-    left: float
-    height: float
-    width: float
-    is_flipped: bool
+    Attributes:
+        box: top, left, height, width as shares of the map's height and width in [0, 1]; None: the largest
+            centred part with the aspect that the model reads.
+        is_flipped: mirrored left to right.
+    """
+
+    box: tuple[float, float, float, float] | None = None
+    is_flipped: bool = False
 
 
 class Modality(ABC):
@@ -104,8 +107,8 @@ class Modality(ABC):
         """Check one raw sample (array, tensor, PIL image) and make it a tensor without batch axis."""
 
     @abstractmethod
-    def fit(self, raw: Tensor, crop: Crop | None) -> Tensor:
-        """Bring a raw sample to the size the model reads: this crop of it, or as much as possible of its middle."""
+    def fit(self, raw: Tensor, crop: Crop) -> Tensor:
+        """Bring a raw sample to the size the model reads: this crop of it."""
 
     @abstractmethod
     def normalise(self, raw: Tensor) -> Tensor:
@@ -219,7 +222,7 @@ def find(kind: str, name: str) -> type:
             return _import(kind, name, entry.value)
     raise M3Error(
         f"`{name}` in `{kind}` is not known: neither built in, nor an installed plugin; install the package that "
-        f"provides it or write \"package.module:Class\".{nearest(name, available(kind))}"
+        f'provides it or write "package.module:Class".{nearest(name, available(kind))}'
     )
 
 
@@ -230,7 +233,7 @@ def available(kind: str) -> list[str]:
         names = [info.name for info in pkgutil.iter_modules(home.__path__) if not info.name.startswith("_")]
     else:
         own = {n: o for n, o in vars(home).items() if getattr(o, "__module__", "") == home.__name__}
-        names = [_type_name(name) for name, part in own.items() if hasattr(part, "Spec")]
+        names = [type_name(name) for name, part in own.items() if hasattr(part, "Spec")]
     return sorted({*names, *(entry.name for entry in entry_points(group=f"m3.{kind}"))})
 
 
@@ -239,7 +242,8 @@ def class_name(name: str) -> str:
     return "".join(word.capitalize() for word in name.split("_"))
 
 
-def _type_name(name: str) -> str:
+def type_name(name: str) -> str:
+    """`SemanticMap` -> `semantic_map`."""
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")
 
 

@@ -74,10 +74,12 @@ class Depth(Modality):
         if x.ndim != 2:
             raise M3Error(f"a depth map must have shape (height, width), got {tuple(x.shape)}.")
         if self.spec.missing is None and not torch.isfinite(x).all():
-            raise M3Error("a depth map has NaN or infinite values; set `missing` in the recipe so that holes are known.")
+            raise M3Error(
+                "a depth map has NaN or infinite values; set `missing` in the recipe so that holes are known."
+            )
         return x.contiguous()
 
-    def fit(self, raw: Tensor, crop: Crop | None) -> Tensor:
+    def fit(self, raw: Tensor, crop: Crop) -> Tensor:
         """Crop and resize (nearest: depths across an edge must not be mixed) to `size`."""
         return fit_map(raw.unsqueeze(0), self.size, crop, "nearest").squeeze(0)
 

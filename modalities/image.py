@@ -86,7 +86,7 @@ class Image(Modality):
             )
         return x.contiguous()
 
-    def fit(self, raw: Tensor, crop: Crop | None) -> Tensor:
+    def fit(self, raw: Tensor, crop: Crop) -> Tensor:
         """Crop and resize (bicubic, antialiased) to `size`."""
         return fit_map(raw, self.size, crop, "bicubic")
 
@@ -116,4 +116,6 @@ class Image(Modality):
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1)
-        return torch.tensor(self.mean, device=device).view(shape), torch.tensor(self.std, device=device).view(shape)
+        return torch.tensor(self.mean, device=device).view(shape), torch.tensor(self.std, device=device).view(
+            shape
+        )

@@ -73,7 +73,7 @@ class SemanticMap(Modality):
             )
         return x.to(torch.int16 if self.spec.classes > 255 else torch.uint8).contiguous()
 
-    def fit(self, raw: Tensor, crop: Crop | None) -> Tensor:
+    def fit(self, raw: Tensor, crop: Crop) -> Tensor:
         """Crop and resize (nearest) to `size`."""
         return fit_map(raw.unsqueeze(0), self.size, crop, "nearest").squeeze(0)
 

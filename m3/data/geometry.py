@@ -16,49 +16,55 @@ from m3.plugins import Crop
 Interpolation = Literal["bicubic", "nearest"]
 
 
-def random_crop(key: int, scale: tuple[float, float], flip: float, size: tuple[int, int]) -> Crop:
+def random_crop(key: int, scale: tuple[float, float] | None, flip: float, size: tuple[int, int]) -> Crop:
     """Draw a crop as torchvision's RandomResizedCrop does (aspect 3/4 to 4/3), from the sample's key alone.
 
     Args:
         key: decides the draw.
-        scale: smallest and largest share of the area.
+        scale: smallest and largest share of the area; None leaves the middle of the sample.
         flip: probability of a horizontal flip.
         size: (H, W) of the sample, since the aspect is one of pixels.
     """
     transforms = _torchvision().transforms
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
-        canvas = torch.empty(1, *size)
-        top, left, height, width = transforms.RandomResizedCrop.get_params(canvas, list(scale), [3 / 4, 4 / 3])
         is_flipped = bool(torch.rand(()) < flip)
-    return Crop(top / size[0], left / size[1], height / size[0], width / size[1], is_flipped)
+        if scale is None:
+            return Crop(None, is_flipped)
+        canvas = torch.empty(1, *size)
+        top, left, height, width = transforms.RandomResizedCrop.get_params(
+            canvas, list(scale), [3 / 4, 4 / 3]
+        )
+    return Crop((top / size[0], left / size[1], height / size[0], width / size[1]), is_flipped)
 
 
-def fit_map(x: Tensor, size: tuple[int, int], crop: Crop | None, interpolation: Interpolation) -> Tensor:
+def fit_map(x: Tensor, size: tuple[int, int], crop: Crop, interpolation: Interpolation) -> Tensor:
     """Crop and resize a map (C, H, W) to (C, *size).
 
     Args:
         x: the map.
         size: (height, width) of the result.
-        crop: the decision; None takes the largest centred part with the aspect of `size`.
+        crop: which part, mirrored or not.
         interpolation: `bicubic` with antialiasing, or `nearest` where values must not be mixed.
     """
     height, width = x.shape[1:]
-    if crop is None and (height, width) == size:
+    if crop == Crop() and (height, width) == size:
         return x
-    crop = crop or _centre(height, width, size)
+    top, left, part_height, part_width = crop.box or _centre(height, width, size)
     functional = _torchvision().transforms.v2.functional
     mode = _torchvision().transforms.InterpolationMode(interpolation)
-    top, left = round(crop.top * height), round(crop.left * width)
-    box = (top, left, max(1, round(crop.height * height)), max(1, round(crop.width * width)))
-    x = functional.resized_crop(x, *box, size=list(size), interpolation=mode, antialias=interpolation == "bicubic")
+    box = (round(top * height), round(left * width))
+    box += (max(1, round(part_height * height)), max(1, round(part_width * width)))
+    x = functional.resized_crop(
+        x, *box, size=list(size), interpolation=mode, antialias=interpolation == "bicubic"
+    )
     return functional.horizontal_flip(x) if crop.is_flipped else x
 
 
-def _centre(height: int, width: int, size: tuple[int, int]) -> Crop:
+def _centre(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
     scale = min(height / size[0], width / size[1])
     h, w = size[0] * scale / height, size[1] * scale / width
-    return Crop((1 - h) / 2, (1 - w) / 2, h, w, False)
+    return (1 - h) / 2, (1 - w) / 2, h, w
 
 
 def _torchvision():

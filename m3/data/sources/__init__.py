@@ -1,0 +1,1 @@
+"""Built-in sources, one file each, named after `data.source`."""

@@ -1,0 +1,44 @@
+"""The embedded world as a source: every scene gives all modalities."""
+
+from __future__ import annotations
+
+from m3.data.source import Sample, Source, Split
+from m3.data.world import WorldSource
+from m3.errors import M3Error
+from m3.plugins import Modality, type_name
+from m3.recipe import DataSpec
+
+ENDLESS = 1_000_000
+"""Scenes of a run that does not limit `samples`."""
+
+
+class World(Source):
+    """Procedural scenes, made on the fly. A modality gets the signal of its type, whatever its name."""
+
+    def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
+        super().__init__(spec, modalities, seed, split)
+        self.types = {name: type_name(type(part).__name__) for name, part in modalities.items()}
+        height, width = _frame_size(modalities)
+        length = (spec.samples or ENDLESS) if split == "train" else spec.held_out
+        self.scenes = WorldSource(seed, split, length, height, width)
+        for name, kind in self.types.items():
+            if kind not in WorldSource.SIGNALS:
+                raise M3Error(
+                    f"modalities.{name}: the world makes no `{kind}`; it offers {', '.join(WorldSource.SIGNALS)}. "
+                    f"Use another data.source."
+                )
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def read(self, index: int) -> Sample:
+        """Render one scene."""
+        scene = self.scenes.read(index)
+        signals = {name: scene["signals"][kind] for name, kind in self.types.items()}
+        return Sample(signals, scene["id"], scene["labels"])
+
+
+def _frame_size(modalities: dict[str, Modality]) -> tuple[int, int]:
+    """Return the largest map any modality reads, so that the others are made smaller, never larger."""
+    sizes = [part.signal.size for part in modalities.values() if len(part.signal.size) == 2]
+    return (max(s[0] for s in sizes), max(s[1] for s in sizes)) if sizes else (64, 64)

@@ -1,0 +1,65 @@
+"""Speed, data wait and skipped samples of a run, and its `metrics.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from m3.errors import M3Error
+
+
+class Clock:
+    """Counts samples, seconds and skipped files between two lines of metrics."""
+
+    def __init__(self, console: Console, start: int, batch_size: int, world: int) -> None:
+        self.console, self.batch_size, self.world = console, batch_size, world
+        self.step, self.since, self.waited = start, time.perf_counter(), 0.0
+        self.seen = 0
+        self.skipped: list[str] = []
+
+    def count_skipped(self, messages: list[str], limit: float) -> None:
+        """Count unreadable samples of this process; raise past the limit, naming the first."""
+        self.seen += self.batch_size // self.world
+        for message in messages:
+            if len(self.skipped) < 3:
+                self.console.print(f"[yellow]skipped[/] {message}")
+            self.skipped.append(message)
+        if len(self.skipped) > 10 + limit * self.seen:
+            raise M3Error(
+                f"{len(self.skipped)} of {self.seen} samples can't be read, more than data.max_unreadable = {limit} "
+                f"allows; the first: {self.skipped[0]}. Repair the data or raise the limit."
+            )
+
+    def line(self, step: int, values: dict[str, float], lr: float, norm: float) -> dict[str, Any]:
+        """Make one line of metrics for the steps since the last one.
+
+        Raises:
+            M3Error: the loss is not finite.
+        """
+        now = time.perf_counter()
+        seconds, steps = now - self.since, step - self.step
+        line = {"step": step, **values, "lr": lr, "gradient_norm": norm}
+        line |= {"samples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        line["skipped"] = len(self.skipped)
+        self.step, self.since, self.waited = step, now, 0.0
+        if not all(map(math.isfinite, values.values())):
+            raise M3Error(
+                f"step {step}: the loss is not finite ({values}); lower train.lr, set train.clip, or resume from the "
+                f"last checkpoint with --resume."
+            )
+        return line
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line to the run's metrics."""
+        self.append(self.run, line)
+
+    @staticmethod
+    def append(run: Path, line: dict[str, Any]) -> None:
+        """Append a line to `metrics.jsonl` of a run."""
+        with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,0 +1,273 @@
+"""Recipes: a YAML file read into strict typed settings, refused with a sentence before any work is done.
+
+`base: other.yaml` inherits (a null removes a key; an entry with another `type` replaces the base's instead of
+mixing with it), `a.b=c` on the command line overrides, and what comes out is saved beside the weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from m3.backbone import BackboneSpec
+from m3.errors import M3Error, explain, nearest
+from m3.plugins import Strict
+
+PACKAGED = Path(__file__).parent / "recipes"
+
+
+class DataSpec(Strict):
+    """The `data` section.
+
+    Attributes:
+        source: where samples come from: `world` (embedded scenes), `folder`, or a plugin.
+        root: folder of the data, for `folder`.
+        options: settings of a plugin source.
+        samples: at most this many training samples; the world makes this many scenes.
+        held_out: samples kept for evaluation, never trained on.
+        crop: smallest and largest share of the area of a random crop; null: no random crop.
+        flip: probability of a horizontal flip.
+        workers: processes that load data; 0 loads in the training process.
+        max_unreadable: share of samples that may be unreadable (ten are always forgiven).
+    """
+
+    source: str = "world"
+    root: str | None = None
+    options: dict[str, Any] = {}
+    samples: PositiveInt | None = None
+    held_out: NonNegativeInt = 256
+    crop: tuple[PositiveFloat, PositiveFloat] | None = None
+    flip: float = Field(default=0.0, ge=0, le=1)
+    workers: NonNegativeInt = 2
+    max_unreadable: float = Field(default=0.01, ge=0, le=1)
+
+
+class TrainSpec(Strict):
+    """The `train` section.
+
+    Attributes:
+        steps: optimizer steps; give this or `epochs`.
+        epochs: passes over the training samples.
+        batch_size: samples per optimizer step over all processes and micro-batches.
+        micro_batch: samples per process and forward pass; null: as many as make one pass per step.
+        lr: base learning rate.
+        lr_per: the learning rate is lr * batch_size / lr_per; null: lr is used as it is.
+        min_lr: where the cosine ends, scaled like `lr`.
+        warmup: linear warm-up from 0, in the unit of the run's length (steps or epochs).
+        weight_decay: AdamW's.
+        decay: `matrices`: no decay of biases and other 1-D parameters (MAE); `all` (MultiMAE).
+        betas: AdamW's.
+        eps: AdamW's.
+        clip: largest gradient norm; null: no clipping.
+        precision: `bf16`, `fp32`, or `auto`: bf16 where the device computes it natively.
+        compile: run the network through torch.compile.
+        ema: decay per step of an averaged copy of the weights; null: none.
+        log_every: steps between two lines of metrics.
+        save_every: steps between two checkpoints; null: ten in a run.
+        keep: checkpoints that are kept.
+        trackers: Accelerate's trackers by name, e.g. tensorboard, wandb.
+    """
+
+    steps: PositiveInt | None = None
+    epochs: PositiveFloat | None = None
+    batch_size: PositiveInt = 64
+    micro_batch: PositiveInt | None = None
+    lr: PositiveFloat = 1.5e-4
+    lr_per: PositiveInt | None = 256
+    min_lr: NonNegativeFloat = 0.0
+    warmup: NonNegativeFloat = 0.0
+    weight_decay: NonNegativeFloat = 0.05
+    decay: Literal["matrices", "all"] = "matrices"
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    clip: PositiveFloat | None = None
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: bool = False
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    log_every: PositiveInt = 10
+    save_every: PositiveInt | None = None
+    keep: PositiveInt = 2
+    trackers: tuple[str, ...] = ("tensorboard",)
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSpec:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`, not both and not neither")
+        return self
+
+
+class TaskSpec(Strict):
+    """One line of the table of metrics: a target predicted on held-out samples, against a baseline.
+
+    Attributes:
+        target: name of a target of the objective.
+        visible: what the encoder sees, as in `M3Model.reconstruct`; null: the recipe's masking. Only positions
+            that the encoder did not see count.
+        baseline: `neighbours`: mean of the visible tokens around; `constant`: the training mean or most
+            frequent class; `average_map`: the same, position by position.
+    """
+
+    target: str
+    visible: dict[str, float] | None = None
+    baseline: Literal["neighbours", "constant", "average_map"] = "constant"
+
+
+class EvaluateSpec(Strict):
+    """The `evaluate` section.
+
+    Attributes:
+        every: steps between evaluations with a picture; null: only at the end.
+        samples: held-out samples that are used.
+        tasks: name -> what is measured.
+        preview_rows: samples in the picture.
+    """
+
+    every: PositiveInt | None = None
+    samples: PositiveInt = 256
+    tasks: dict[str, TaskSpec] = {}
+    preview_rows: PositiveInt = 6
+
+
+class Recipe(Strict):
+    """A whole run.
+
+    Attributes:
+        name: of the run; its folder is `runs/NAME` unless `out` says otherwise.
+        out: run folder.
+        seed: of weights, data order, masks and crops.
+        modalities: name -> settings of the modality with its tokenizer.
+        backbone: the shared transformer.
+        objectives: name -> settings of the objective.
+        data: where samples come from.
+        train: how long and how.
+        evaluate: what is measured on held-out samples.
+    """
+
+    name: str
+    out: str | None = None
+    seed: NonNegativeInt = 0
+    modalities: dict[str, dict[str, Any]] = Field(min_length=1)
+    backbone: BackboneSpec = BackboneSpec()
+    objectives: dict[str, dict[str, Any]] = Field(min_length=1)
+    data: DataSpec = DataSpec()
+    train: TrainSpec
+    evaluate: EvaluateSpec = EvaluateSpec()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.out or f"runs/{self.name}")
+
+
+def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        source: path of a YAML file, or the name of a packaged recipe such as `mae_vit_b`.
+        overrides: `a.b=c`, applied in order.
+
+    Raises:
+        M3Error: no such recipe, unknown key, wrong type or contradiction, with file, key path and remedy.
+    """
+    path = find_recipe(source)
+    return recipe_from(_with_overrides(_read(path), overrides), path.name, default_name=path.stem)
+
+
+def recipe_from(settings: dict[str, Any], where: str, default_name: str = "run") -> Recipe:
+    """Check settings that were read elsewhere; `where` names their origin in error messages."""
+    settings = {"name": default_name, **settings}
+    try:
+        recipe = Recipe(**settings)
+    except ValidationError as error:
+        raise M3Error(f"{where}: {explain(error, Recipe, '')}") from error
+    if recipe.data.root is None:
+        return recipe
+    root = str(Path(recipe.data.root).expanduser().resolve())
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """Write a recipe out in full, as YAML that can itself be run."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+def find_recipe(source: str | Path) -> Path:
+    """Return the file of a recipe given by path or packaged name."""
+    for path in (Path(source), PACKAGED / f"{source}.yaml"):
+        if path.is_file():
+            return path
+    names = [path.stem for path in PACKAGED.glob("*.yaml")]
+    raise M3Error(
+        f"there is no recipe `{source}`, neither a file nor a packaged one.{nearest(Path(source).stem, names)}"
+    )
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Put changes over a base: null removes a key, another `type` replaces the whole entry."""
+    if changes.get("type", base.get("type")) != base.get("type"):
+        base = {}
+    merged = dict(base)
+    for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+        elif isinstance(value, dict):
+            old = merged.get(key)
+            merged[key] = merge(old if isinstance(old, dict) else {}, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise M3Error(f"{path.name}: `base` leads back to itself; break the circle.")
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
+    except yaml.YAMLError as error:
+        raise M3Error(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(settings, dict):
+        raise M3Error(f"{path.name}: a recipe is a set of keys and values, got {type(settings).__name__}.")
+    base = settings.pop("base", None)
+    if base is None:
+        return settings
+    beside = path.parent / base
+    parent = _read(beside if beside.is_file() else find_recipe(base), (*seen, path.resolve()))
+    parent.pop("name", None)
+    return merge(parent, settings)
+
+
+def _with_overrides(settings: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    for override in overrides:
+        path, sign, text = override.partition("=")
+        if not sign or not path:
+            raise M3Error(f"`{override}` is no override; write key.path=value, e.g. train.steps=1000.")
+        value: Any = yaml.safe_load(text) if text else None
+        *parents, last = path.split(".")
+        change: dict[str, Any] = {last: value}
+        for key in reversed(parents):
+            change = {key: change}
+        settings = merge(settings, change)
+    return settings
+
+
+class _NoDuplicates(yaml.SafeLoader):
+    """YAML takes the last of two equal keys without a word; a recipe must not."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping whose keys are all different."""
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"the key `{key}` stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)

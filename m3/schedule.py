@@ -1,0 +1,80 @@
+"""Learning-rate schedule and optimizer groups, both pure functions of the recipe."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from m3.errors import M3Error
+from m3.recipe import TrainSpec
+
+
+class Plan(NamedTuple):
+    """The numbers of a run that follow from the recipe, the data and the number of processes.
+
+    Attributes:
+        steps: optimizer steps.
+        warmup: steps of linear warm-up.
+        micro_batch: samples per process and forward pass.
+        accumulation: forward passes per step.
+        lr: highest learning rate.
+        min_lr: where the cosine ends.
+    """
+
+    steps: int
+    warmup: int
+    micro_batch: int
+    accumulation: int
+    lr: float
+    min_lr: float
+
+
+def plan_run(spec: TrainSpec, samples: int, world: int) -> Plan:
+    """Work out steps, micro-batches and learning rate.
+
+    Args:
+        spec: the `train` section.
+        samples: length of the training source.
+        world: number of processes.
+
+    Raises:
+        M3Error: the batch can't be cut evenly.
+    """
+    per_epoch = max(1, samples // spec.batch_size)
+    unit = 1 if spec.steps is not None else per_epoch
+    steps = spec.steps if spec.steps is not None else max(1, round((spec.epochs or 0) * per_epoch))
+    micro = spec.micro_batch or spec.batch_size // world
+    if micro == 0 or spec.batch_size % (micro * world):
+        raise M3Error(
+            f"train.batch_size {spec.batch_size} can't be cut evenly into {world} processes of micro-batches of "
+            f"{max(micro, 1)}; make it a multiple of {max(micro, 1) * world}."
+        )
+    scale = spec.batch_size / spec.lr_per if spec.lr_per else 1.0
+    accumulation = spec.batch_size // (micro * world)
+    return Plan(steps, round(spec.warmup * unit), micro, accumulation, spec.lr * scale, spec.min_lr * scale)
+
+
+def learning_rate(step: int, plan: Plan) -> float:
+    """Return the learning rate of a step: linear from 0 over the warm-up, then half a cosine to `min_lr`."""
+    if step < plan.warmup:
+        return plan.lr * step / plan.warmup
+    progress = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
+    return plan.min_lr + (plan.lr - plan.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
+    """Make AdamW with the recipe's rule of weight decay; `lr` is set anew before every step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if spec.decay == "all":
+        groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": spec.weight_decay}]
+    else:
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": spec.weight_decay},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    counted = sum(len(group["params"]) for group in groups)
+    assert counted == len(parameters), f"{counted} of {len(parameters)} parameters are in a group"
+    return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=True)

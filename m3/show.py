@@ -1,0 +1,98 @@
+"""Pictures and tables for people: what the model saw, what it predicted, the truth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from m3.evaluate.reconstruction import Row, targets_of
+from m3.model import M3Model, Reconstruction
+from m3.types import Batch
+
+HIDDEN = 128
+"""Grey of positions that the encoder did not see."""
+
+
+def preview(
+    model: M3Model, batch: Batch, views: dict[str, dict[str, float] | None], path: Path, seed: int = 0
+) -> None:
+    """Draw one row per sample and view; columns: for every modality what was seen, predicted, and the truth.
+
+    Args:
+        model: in evaluation mode.
+        batch: the samples.
+        views: label -> `visible` as in `M3Model.reconstruct`; the samples are dealt out over the views in turn.
+        path: PNG file.
+        seed: of the masks.
+    """
+    results = {label: model.reconstruct(batch, visible, seed) for label, visible in views.items()}
+    rows = []
+    for sample in range(len(batch)):
+        label = list(views)[sample % len(views)]
+        rows.append((label, _pictures(model, batch, results[label], sample)))
+    draw(rows, path)
+
+
+def draw(rows: list[tuple[str, dict[str, np.ndarray]]], path: Path) -> None:
+    """Write labelled rows of pictures (column title -> uint8 (H, W, 3)) as one PNG."""
+    from matplotlib.figure import Figure
+
+    titles = list(rows[0][1])
+    figure = Figure(figsize=(1.45 * len(titles) + 0.4, 1.45 * len(rows) + 0.5), layout="constrained", dpi=110)
+    axes = figure.subplots(len(rows), len(titles), squeeze=False)
+    for line, (label, pictures) in zip(axes, rows, strict=True):
+        for axis, title in zip(line, titles, strict=True):
+            axis.imshow(pictures[title], interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            for side in axis.spines.values():
+                side.set_visible(False)
+            if axis in axes[0]:
+                axis.set_title(title, fontsize=9)
+        line[0].set_ylabel(label, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def metrics_table(rows: list[Row]) -> Table:
+    """Make the table model, baseline, difference."""
+    table = Table(title="Held-out samples", title_justify="left")
+    for column in ("task", "measure", "model", "baseline", "difference", ""):
+        table.add_column(column, justify="right" if column in ("model", "baseline", "difference") else "left")
+    for row in rows:
+        arrow = "higher is better" if row.higher_is_better else "lower is better"
+        verdict = "[green]better[/]" if row.is_won else "[red]not better[/]"
+        numbers = (f"{row.model:.3f}", f"{row.baseline:.3f}", f"{row.model - row.baseline:+.3f}")
+        table.add_row(row.task, f"{row.measure}, {arrow}", *numbers, f"{verdict} than {row.baseline_name}")
+    return table
+
+
+def _pictures(model: M3Model, batch: Batch, result: Reconstruction, sample: int) -> dict[str, np.ndarray]:
+    """Return column title -> picture of one sample."""
+    modality_of = targets_of(model)
+    pictures = {}
+    for name, modality in model.modalities.items():
+        truth = None
+        if name in batch.signals:
+            truth = modality.normalise(batch.signals[name][sample : sample + 1].to(model.device))[0]
+            drawn = modality.show(truth)
+            pictures[f"{name}: seen"] = _hide(drawn, result.is_visible.get(name), sample)
+        for target in (t for t, m in modality_of.items() if m == name and t in result.predicted):
+            pictures[f"{target}: predicted"] = modality.show(result.predicted[target][sample])
+        if truth is not None:
+            pictures[f"{name}: truth"] = modality.show(truth)
+    return pictures
+
+
+def _hide(picture: np.ndarray, is_visible: Tensor | None, sample: int) -> np.ndarray:
+    seen = np.zeros(picture.shape[:2], bool) if is_visible is None else is_visible[sample].cpu().numpy()
+    return np.where(seen[..., None], picture, np.uint8(HIDDEN)).astype(np.uint8)
+
+
+def count_parameters(module: torch.nn.Module) -> int:
+    """Return the number of trained values."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
