@@ -35,9 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     command = add("train", _train, "train a recipe")
-    command.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint of the run"
-    )
+    command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
     add("show", _show, "print the resolved recipe, parameters, tokens, FLOPs and memory")
     add("check", _check, "build a recipe tiny, run three steps, save and reload")
     command = add("bench", _bench, "measure training speed, utilisation and memory")
@@ -46,12 +44,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, default=5, help="timed steps, the median counts (default 5)")
     command = add("reconstruct", _reconstruct, "draw what a model predicts for files", recipe=False)
     command.add_argument("model", help="model folder or Hub id")
-    command.add_argument(
-        "inputs", nargs="+", metavar="INPUT", help="files, or modality=file for models of several"
-    )
-    command.add_argument(
-        "--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's"
-    )
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or modality=file for models of several")
+    command.add_argument("--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's")
     command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
     command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
     add("doctor", _doctor, "print versions, devices and which optional parts load", recipe=False)

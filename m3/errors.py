@@ -32,9 +32,7 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> M3Err
     first = error.errors(include_url=False)[0]
     path = ".".join([where, *(str(key) for key in first["loc"] if not _is_branch(str(key)))]).strip(".")
     if first["type"] == "extra_forbidden":
-        return M3Error(
-            f"{path}: unknown key.{nearest(str(first['loc'][-1]), _fields(model, first['loc'][:-1]))}"
-        )
+        return M3Error(f"{path}: unknown key.{nearest(str(first['loc'][-1]), _fields(model, first['loc'][:-1]))}")
     if first["type"] == "missing":
         return M3Error(f"{path}: this key is required; add it.")
     message = first["msg"].removeprefix("Value error, ")

@@ -113,17 +113,13 @@ class CrossDecoder(nn.Module):
         self.context = nn.Linear(backbone.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, width))
         names = dict.fromkeys([*inputs, modality])
-        self.modality_embeddings = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(1, width)) for name in names}
-        )
+        self.modality_embeddings = nn.ParameterDict({name: nn.Parameter(torch.empty(1, width)) for name in names})
         self.query_norm = nn.LayerNorm(width, eps=eps)
         self.context_norm = nn.LayerNorm(width, eps=eps)
         self.attention = CrossAttention(width, spec.heads)
         self.norm = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, int(width * backbone.mlp_ratio))
-        self.blocks = nn.ModuleList(
-            [Block(width, spec.heads, backbone.mlp_ratio, eps) for _ in range(spec.depth)]
-        )
+        self.blocks = nn.ModuleList([Block(width, spec.heads, backbone.mlp_ratio, eps) for _ in range(spec.depth)])
         self.output = nn.Linear(width, outputs)
 
     def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
@@ -136,9 +132,7 @@ class CrossDecoder(nn.Module):
         else:
             queries = self.mask_token.expand(len(x), own.count, -1)
         queries = queries + self._marks(tokens, self.modality)
-        marks = plan.pack(
-            {name: take(self._marks(tokens, name), slots) for name, slots in plan.visible.items()}
-        )
+        marks = plan.pack({name: take(self._marks(tokens, name), slots) for name, slots in plan.visible.items()})
         context = torch.cat([x[:, :count].to(marks.dtype), x[:, count:] + marks], dim=1)
         x = self.attention(self.query_norm(queries), self.context_norm(context), key_mask(encoded.is_valid))
         x = x + self.mlp(self.norm(x))

@@ -127,10 +127,7 @@ class Dirichlet:
         scores = self.scorer(tokens, draws)
         quotas = (self._shares(tokens, draws) * length).round()  # (B, M)
         is_wanted = torch.cat(
-            [
-                _rank(scores[name], p.is_valid) < quotas[:, i : i + 1]
-                for i, (name, p) in enumerate(tokens.items())
-            ],
+            [_rank(scores[name], p.is_valid) < quotas[:, i : i + 1] for i, (name, p) in enumerate(tokens.items())],
             1,
         )
         # Wanted tokens come first, in random order; then the others, in random order; padding last.
@@ -191,16 +188,11 @@ def everything(tokens: dict[str, Tokens]) -> MaskPlan:
     """Make the plan in which every token that exists is visible."""
     return explicit(
         tokens,
-        {
-            n: torch.ones(p.values.shape[:2], dtype=torch.bool, device=p.values.device)
-            for n, p in tokens.items()
-        },
+        {n: torch.ones(p.values.shape[:2], dtype=torch.bool, device=p.values.device) for n, p in tokens.items()},
     )
 
 
-def masks(
-    tokens: dict[str, Tokens], visible: float | dict[str, float | Tensor], draws: Draws
-) -> dict[str, Tensor]:
+def masks(tokens: dict[str, Tokens], visible: float | dict[str, float | Tensor], draws: Draws) -> dict[str, Tensor]:
     """Return modality -> (B, N) bool visibility for inference.
 
     Args:
@@ -311,9 +303,7 @@ def _joined_validity(tokens: dict[str, Tokens]) -> Tensor | None:
     if all(part.is_valid is None for part in tokens.values()):
         return None
     masks = [
-        torch.ones(p.values.shape[:2], dtype=torch.bool, device=p.values.device)
-        if p.is_valid is None
-        else p.is_valid
+        torch.ones(p.values.shape[:2], dtype=torch.bool, device=p.values.device) if p.is_valid is None else p.is_valid
         for p in tokens.values()
     ]
     return torch.cat(masks, dim=1)

@@ -93,9 +93,7 @@ class M3Model(PreTrainedModel):
         for name, modality in self.modalities.items():
             where = f"modalities.{name}.tokenizer"
             if "tokenizer" not in config.modalities[name]:
-                raise M3Error(
-                    f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`."
-                )
+                raise M3Error(f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`.")
             part, settings = build_spec("tokenizers", config.modalities[name]["tokenizer"], where)
             self.tokenizers[name] = part(settings, modality.signal, spec.width)
         self.modality_embeddings = nn.ParameterDict()
@@ -129,9 +127,7 @@ class M3Model(PreTrainedModel):
         for view, selection in self.views.items():
             seen = {name: tokens[name] for name in view.modalities if name in tokens}
             if not seen:
-                raise M3Error(
-                    f"the batch has none of {', '.join(view.modalities)}; give at least one of them."
-                )
+                raise M3Error(f"the batch has none of {', '.join(view.modalities)}; give at least one of them.")
             plans[view] = selection(seen, draws)
         return Prepared(tokens, plans)
 
@@ -173,9 +169,7 @@ class M3Model(PreTrainedModel):
         loss = Loss(parts)
         return M3Output(loss=loss.total(), parts=loss)
 
-    def encode_tokens(
-        self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()
-    ) -> Encoded:
+    def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
         """Embed and encode the visible tokens of one view, and only those."""
         slots = {}
         for name, index in plan.visible.items():
@@ -217,9 +211,7 @@ class M3Model(PreTrainedModel):
         tokens = self.tokenise(batch)
         objective = next((o for o in self._objectives().values() if hasattr(o, "predict")), None)
         if objective is None:
-            raise M3Error(
-                "the model has no objective that predicts signals; reconstruct needs `type: reconstruct`."
-            )
+            raise M3Error("the model has no objective that predicts signals; reconstruct needs `type: reconstruct`.")
         draws = Draws(batch.keys, seed)
         seen = {name: tokens[name] for name in objective.view.modalities if name in tokens}
         if visible is None:

@@ -49,15 +49,11 @@ class M3Processor(ProcessorMixin):
             raise M3Error(f"every modality needs the same number of samples, at least one, got {lengths}.")
         samples = []
         for row in range(next(iter(lengths.values()))):
-            given = {
-                n: self._read(n, column[row]) for n, column in columns.items() if column[row] is not None
-            }
+            given = {n: self._read(n, column[row]) for n, column in columns.items() if column[row] is not None}
             samples.append(Loaded(given, seed * 1_000_003 + row, str(row), {}, ()))
         return collate(samples)
 
-    def show(
-        self, result: Reconstruction, targets: dict[str, str] | None = None
-    ) -> dict[str, list[np.ndarray]]:
+    def show(self, result: Reconstruction, targets: dict[str, str] | None = None) -> dict[str, list[np.ndarray]]:
         """Draw predictions: target -> one uint8 (H, W, 3) picture per sample.
 
         Args:

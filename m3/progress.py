@@ -54,12 +54,16 @@ class Clock:
             )
         return line
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Append a line to the run's metrics."""
-        self.append(self.run, line)
 
-    @staticmethod
-    def append(run: Path, line: dict[str, Any]) -> None:
-        """Append a line to `metrics.jsonl` of a run."""
-        with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+def append(run: Path, line: dict[str, Any]) -> None:
+    """Append a line to the `metrics.jsonl` of a run."""
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def cut(run: Path, start: int) -> None:
+    """Drop the lines of metrics after the step that a run starts from."""
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= start] if start else []
+    metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")

@@ -17,9 +17,7 @@ HIDDEN = 128
 """Grey of positions that the encoder did not see."""
 
 
-def preview(
-    model: M3Model, batch: Batch, views: dict[str, dict[str, float] | None], path: Path, seed: int = 0
-) -> None:
+def preview(model: M3Model, batch: Batch, views: dict[str, dict[str, float] | None], path: Path, seed: int = 0) -> None:
     """Draw one row per sample and view; columns: for every modality what was seen, predicted, and the truth.
 
     Args:

@@ -96,9 +96,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
         open_run(run, recipe, start)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
-    order = Order(
-        len(source), recipe.seed, plan.micro_batch, plan.accumulation, rank, world, start, plan.steps
-    )
+    order = Order(len(source), recipe.seed, plan.micro_batch, plan.accumulation, rank, world, start, plan.steps)
     batches = iter(train_loader(samples, order, recipe.data.workers))
     clock = Clock(console, start, spec.batch_size, world)
     bar = tqdm(
@@ -203,9 +201,7 @@ def open_run(run: Path, recipe: Recipe, start: int) -> None:
     cut(run, start)
 
 
-def save(
-    accelerator: Accelerator, run: Path, step: int, model: M3Model, average: Average | None, keep: int
-) -> None:
+def save(accelerator: Accelerator, run: Path, step: int, model: M3Model, average: Average | None, keep: int) -> None:
     """Write a checkpoint of this step; every process takes part."""
 
     def fill(folder: Path) -> None:
@@ -231,9 +227,7 @@ def restore(accelerator: Accelerator, run: Path, model: M3Model, average: Averag
     if average:
         path = found / "ema.safetensors"
         if not path.is_file():
-            raise M3Error(
-                f"{found} holds no averaged weights, but train.ema is set; remove train.ema or start anew."
-            )
+            raise M3Error(f"{found} holds no averaged weights, but train.ema is set; remove train.ema or start anew.")
         average.load_state_dict(load_file(path, device=str(model.device)))
     return int(state["step"])
 
@@ -290,9 +284,7 @@ def finish(
     if rows:
         console.print(metrics_table(rows))
     if clock.skipped:
-        console.print(
-            f"[yellow]{len(clock.skipped)} unreadable samples were skipped[/]; first: {clock.skipped[0]}"
-        )
+        console.print(f"[yellow]{len(clock.skipped)} unreadable samples were skipped[/]; first: {clock.skipped[0]}")
     console.print(f"Picture: {run / 'preview.png'}    metrics: {run / 'metrics.jsonl'}\nLoad it:")
     console.print(
         f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{run / "model"}")\n'

@@ -116,6 +116,4 @@ class Image(Modality):
 
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1)
-        return torch.tensor(self.mean, device=device).view(shape), torch.tensor(self.std, device=device).view(
-            shape
-        )
+        return torch.tensor(self.mean, device=device).view(shape), torch.tensor(self.std, device=device).view(shape)

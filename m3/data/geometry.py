@@ -32,9 +32,7 @@ def random_crop(key: int, scale: tuple[float, float] | None, flip: float, size: 
         if scale is None:
             return Crop(None, is_flipped)
         canvas = torch.empty(1, *size)
-        top, left, height, width = transforms.RandomResizedCrop.get_params(
-            canvas, list(scale), [3 / 4, 4 / 3]
-        )
+        top, left, height, width = transforms.RandomResizedCrop.get_params(canvas, list(scale), [3 / 4, 4 / 3])
     return Crop((top / size[0], left / size[1], height / size[0], width / size[1]), is_flipped)
 
 
@@ -55,9 +53,7 @@ def fit_map(x: Tensor, size: tuple[int, int], crop: Crop, interpolation: Interpo
     mode = _torchvision().transforms.InterpolationMode(interpolation)
     box = (round(top * height), round(left * width))
     box += (max(1, round(part_height * height)), max(1, round(part_width * width)))
-    x = functional.resized_crop(
-        x, *box, size=list(size), interpolation=mode, antialias=interpolation == "bicubic"
-    )
+    x = functional.resized_crop(x, *box, size=list(size), interpolation=mode, antialias=interpolation == "bicubic")
     return functional.horizontal_flip(x) if crop.is_flipped else x
 
 

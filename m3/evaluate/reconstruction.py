@@ -53,11 +53,7 @@ def fit_averages(model: M3Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
             modality = model.modalities[name]
             x = modality.normalise(raw)
             if modality.signal.kind == "classes":
-                x = (
-                    F.one_hot(x.clamp(min=-1) + 1, modality.signal.classes + 1)[..., 1:]
-                    .movedim(-1, 1)
-                    .float()
-                )
+                x = F.one_hot(x.clamp(min=-1) + 1, modality.signal.classes + 1)[..., 1:].movedim(-1, 1).float()
             sums[name] = sums.get(name, 0) + x.nan_to_num(0.0).sum(0)
             counts[name] = counts.get(name, 0) + (~x.isnan()).sum(0)
     return {name: total / counts[name].clamp(min=1) for name, total in sums.items()}

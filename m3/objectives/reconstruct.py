@@ -78,17 +78,11 @@ class Reconstruct(Objective):
             tokenizer = tokenizers[modality]
             part, settings = build_spec("targets", target.target, f"targets.{name}.target")
             self.providers[name] = part(settings, tokenizer)
-            decoder, settings = build_spec(
-                "decoders", target.decoder or spec.decoder, f"targets.{name}.decoder"
-            )
-            self.decoders[name] = decoder(
-                settings, backbone, self.inputs, modality, self.providers[name].width
-            )
+            decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")
+            self.decoders[name] = decoder(settings, backbone, self.inputs, modality, self.providers[name].width)
             self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
             _check_loss(name, target.loss, tokenizer)
-        self.log_variance = (
-            nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
-        )
+        self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
         self.has_gaps = {name: tokenizers[m].signal.has_gaps for name, m in self.modality_of.items()}
 
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
@@ -98,9 +92,7 @@ class Reconstruct(Objective):
         for number, (name, target) in enumerate(self.spec.targets.items()):
             modality = self.modality_of[name]
             if modality not in tokens:
-                raise M3Error(
-                    f"the batch has no `{modality}`, which target `{name}` needs; add it to the data."
-                )
+                raise M3Error(f"the batch has no `{modality}`, which target `{name}` needs; add it to the data.")
             index, is_target = self._targets(view.plan, tokens, modality)
             predicted = self.predict(name, view, tokens, index)
             truth = self.providers[name](tokens[modality], index)
@@ -135,9 +127,7 @@ class Reconstruct(Objective):
         """Predict target `name` at the tokens index (B, T) -> (B, T, output width)."""
         return self.decoders[name](encoded, tokens, index)
 
-    def _targets(
-        self, plan: MaskPlan, tokens: dict[str, Tokens], modality: str
-    ) -> tuple[Tensor, Tensor | None]:
+    def _targets(self, plan: MaskPlan, tokens: dict[str, Tokens], modality: str) -> tuple[Tensor, Tensor | None]:
         """Return target indices (B, T) and which of them count; a modality that is no input is predicted whole."""
         if modality in plan.target:
             return plan.target[modality], plan.is_target.get(modality)

@@ -22,18 +22,14 @@ class Folder(Source):
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
         if spec.root is None:
-            raise M3Error(
-                "data.root: this key is required for source `folder`; name the folder of your files."
-            )
+            raise M3Error("data.root: this key is required for source `folder`; name the folder of your files.")
         root = Path(spec.root)
         if not root.is_dir():
             raise M3Error(f"data.root: the folder {root} does not exist; check the path.")
         is_split = (root / "train").is_dir() and (root / "val").is_dir()
         if is_split:
             root = root / ("train" if split == "train" else "val")
-        self.files = {
-            name: _files(root, name, part, len(modalities) == 1) for name, part in modalities.items()
-        }
+        self.files = {name: _files(root, name, part, len(modalities) == 1) for name, part in modalities.items()}
         _check_alignment(self.files, root)
         ids = sorted(next(iter(self.files.values())))
         if not is_split:
@@ -69,9 +65,7 @@ def _files(root: Path, name: str, modality: Modality, is_only: bool) -> dict[str
         if path.suffix.lower() in modality.extensions and path.is_file():
             key = path.relative_to(folder).with_suffix("").as_posix()
             if key in found:
-                raise M3Error(
-                    f"{folder}: {found[key].name} and {path.name} have the same id `{key}`; remove one."
-                )
+                raise M3Error(f"{folder}: {found[key].name} and {path.name} have the same id `{key}`; remove one.")
             found[key] = path
     if not found:
         raise M3Error(
