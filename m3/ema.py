@@ -16,7 +16,8 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the model's current weights."""
-        torch._foreach_lerp_(self.weights, [p.detach().float() for p in model.parameters()], 1 - self.decay)
+        for own, parameter in zip(self.weights, model.parameters(), strict=True):
+            own.lerp_(parameter.detach().float(), 1 - self.decay)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Annotated, Protocol
 
 import torch
@@ -192,7 +193,7 @@ def everything(tokens: dict[str, Tokens]) -> MaskPlan:
     )
 
 
-def masks(tokens: dict[str, Tokens], visible: float | dict[str, float | Tensor], draws: Draws) -> dict[str, Tensor]:
+def masks(tokens: dict[str, Tokens], visible: float | Mapping[str, float | Tensor], draws: Draws) -> dict[str, Tensor]:
     """Return modality -> (B, N) bool visibility for inference.
 
     Args:
@@ -201,7 +202,7 @@ def masks(tokens: dict[str, Tokens], visible: float | dict[str, float | Tensor],
             or ready masks; modalities that are not named are hidden.
         draws: which tokens, where only their number is given.
     """
-    wanted = visible if isinstance(visible, dict) else dict.fromkeys(tokens, visible)
+    wanted = visible if isinstance(visible, Mapping) else dict.fromkeys(tokens, visible)
     for name in wanted:
         if name not in tokens:
             raise M3Error(f"`visible` names `{name}`, which the batch does not hold.{nearest(name, tokens)}")
@@ -224,10 +225,11 @@ def explicit(tokens: dict[str, Tokens], is_visible: dict[str, Tensor]) -> MaskPl
         is_visible: modality -> (B, N) bool, True where the encoder sees the token; all others are targets.
     """
     for name, mask in is_visible.items():
-        if name not in tokens or mask.shape != tokens[name].values.shape[:2]:
+        shape = tokens[name].values.shape[:2]
+        if mask.shape != shape:
             raise M3Error(
-                f"the mask of `{name}` must have shape {tuple(tokens[name].values.shape[:2]) if name in tokens else ()} "
-                f"(samples, tokens), got {tuple(mask.shape)}; give one True or False for every token."
+                f"the mask of `{name}` must have shape {tuple(shape)} (samples, tokens), got {tuple(mask.shape)}; "
+                f"give one True or False for every token."
             )
     seen = {
         name: is_visible[name] if part.is_valid is None else is_visible[name] & part.is_valid

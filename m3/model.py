@@ -5,6 +5,7 @@ Letters: B batch, N content tokens of a modality, V visible tokens, D width, P v
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from m3 import masking
 from m3.backbone import Backbone, BackboneSpec
 from m3.config import M3Config
 from m3.errors import M3Error, explain, nearest
-from m3.plugins import Modality, Objective, Tokenizer, View, build_spec
+from m3.plugins import Modality, Objective, Predictor, Tokenizer, View, build_spec
 from m3.positions import embed_positions
 from m3.random import Draws
 from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens, take
@@ -81,7 +82,7 @@ class M3Model(PreTrainedModel):
     config_class = M3Config
     base_model_prefix = "m3"
     main_input_name = "batch"
-    _no_split_modules = ("Block",)
+    _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own form)
 
     def __init__(self, config: M3Config) -> None:
         super().__init__(config)
@@ -196,7 +197,7 @@ class M3Model(PreTrainedModel):
 
     @torch.no_grad()
     def reconstruct(
-        self, batch: Batch, visible: float | dict[str, float | Tensor] | None = None, seed: int = 0
+        self, batch: Batch, visible: float | Mapping[str, float | Tensor] | None = None, seed: int = 0
     ) -> Reconstruction:
         """Show a part of the batch to the encoder and predict every target of the model from it.
 
@@ -209,7 +210,7 @@ class M3Model(PreTrainedModel):
         """
         batch = batch.to(self.device)
         tokens = self.tokenise(batch)
-        objective = next((o for o in self._objectives().values() if hasattr(o, "predict")), None)
+        objective = next((o for o in self.objectives.values() if isinstance(o, Predictor)), None)
         if objective is None:
             raise M3Error("the model has no objective that predicts signals; reconstruct needs `type: reconstruct`.")
         draws = Draws(batch.keys, seed)
@@ -224,7 +225,7 @@ class M3Model(PreTrainedModel):
             part = tokens[modality] if modality in tokens else self._blank(modality, len(batch))
             everything = torch.arange(part.count, device=self.device).expand(len(batch), -1)
             output = objective.predict(name, encoded, {**tokens, modality: part}, everything)
-            values = self._tokenizer(modality).decode(objective.providers[name].restore(output, part))
+            values = self._tokenizer(modality).decode(objective.restore(name, output, part))
             predicted[name] = self._tokenizer(modality).detokenize(values, self._size(batch, modality))
         is_visible = {name: self._seen_positions(batch, tokens, plan, name) for name in seen}
         return Reconstruction(predicted, plan, is_visible)
@@ -248,10 +249,8 @@ class M3Model(PreTrainedModel):
 
     def _blank(self, name: str, count: int) -> Tokens:
         """Return tokens of an absent modality: places without content, for decoders that predict it."""
-        signal = self.modalities[name].signal
-        shape = (count, *signal.size) if signal.kind == "classes" else (count, signal.channels, *signal.size)
-        dtype = torch.long if signal.kind == "classes" else torch.float32
-        return self._tokenizer(name).tokenize(torch.zeros(shape, dtype=dtype, device=self.device))
+        raw = self.modalities[name].blank(count).to(self.device)
+        return self._tokenizer(name).tokenize(self.modalities[name].normalise(raw))
 
     def _tokenizer(self, name: str) -> Tokenizer:
         return self.tokenizers[name]  # type: ignore[return-value]  # ModuleDict forgets the class of its values
@@ -272,7 +271,7 @@ class M3Model(PreTrainedModel):
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
         else:
-            for name, parameter in module.named_parameters(recurse=False):
+            for parameter in module.parameters(recurse=False):
                 if parameter.ndim > 1:
                     init.normal_(parameter, std=0.02)
                 else:  # learned log-variances start at 0, weight 1

@@ -99,6 +99,10 @@ class Modality(ABC):
         """What `normalise` returns, for the tokenizer."""
 
     @abstractmethod
+    def blank(self, count: int) -> Tensor:
+        """Return a raw batch of zeros of the usual size: the shape and type of what `fit` returns, stacked."""
+
+    @abstractmethod
     def load(self, path: Path) -> Any:
         """Read one file into a raw array. Raises any exception whose text says what is wrong with the file."""
 
@@ -201,6 +205,24 @@ class Objective(nn.Module, ABC):
 
         The trainer adds them over all micro-batches and ranks before the first backward pass.
         """
+
+
+class Predictor(Objective):
+    """An objective that predicts signals, so that they can be drawn and measured."""
+
+    view: View
+    """What its encoder sees."""
+
+    modality_of: dict[str, str]
+    """Target -> the modality it is a prediction of."""
+
+    @abstractmethod
+    def predict(self, name: str, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
+        """Predict target `name` at the tokens index (B, T) -> (B, T, output width)."""
+
+    @abstractmethod
+    def restore(self, name: str, output: Tensor, tokens: Tokens) -> Tensor:
+        """Turn predictions (B, N, output width) for all tokens of a modality into what its `decode` reads."""
 
 
 def find(kind: str, name: str) -> type:

@@ -28,7 +28,7 @@ class M3Processor(ProcessorMixin):
         self.modalities = modalities or {}
         self.parts = build_modalities(self.modalities)
 
-    def __call__(self, *, seed: int = 0, **inputs: Any) -> Batch:
+    def __call__(self, *, seed: int = 0, **inputs: Any) -> Batch:  # type: ignore[override]  # any modality's name
         """Make a batch, e.g. `processor(image=photo, depth="depth.png")`.
 
         Args:

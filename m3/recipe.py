@@ -44,7 +44,7 @@ class DataSpec(Strict):
 
     source: str = "world"
     root: str | None = None
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     samples: PositiveInt | None = None
     held_out: NonNegativeInt = 256
     crop: tuple[PositiveFloat, PositiveFloat] | None = None
@@ -135,7 +135,7 @@ class EvaluateSpec(Strict):
 
     every: PositiveInt | None = None
     samples: PositiveInt = 256
-    tasks: dict[str, TaskSpec] = {}
+    tasks: dict[str, TaskSpec] = Field(default={})
     preview_rows: PositiveInt = 6
 
 

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from m3 import checkpoint
@@ -87,7 +87,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
     optimizer = make_optimizer(raw_model, spec)
     model, optimizer = accelerator.prepare(raw_model, optimizer)
     average = Average(raw_model, spec.ema) if spec.ema else None
-    network = torch.compile(model) if spec.compile else model
+    network: nn.Module = torch.compile(model) if spec.compile else model  # type: ignore[assignment]
     describe(console, recipe, raw_model, plan, accelerator)
 
     # ------------------------------------------------------------------------------------ where to start
@@ -132,7 +132,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
                 accelerator.backward(loss.total(counts) * world)
             for name, part in loss.parts.items():
                 parts[name] = parts.get(name, 0) + part.sum.detach()
-        norm = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
+        norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
         if average:

@@ -54,6 +54,10 @@ class Depth(Modality):
         """Values (B, 1, H, W)."""
         return Signal("values", 1, self.size, has_gaps=self.spec.missing is not None)
 
+    def blank(self, count: int) -> Tensor:
+        """Return maps of 0 metres, float32 (B, H, W)."""
+        return torch.zeros(count, *self.size)
+
     def load(self, path: Path) -> np.ndarray:
         """Read an integer or float image, or a .npy array in metres -> float32 (H, W) metres."""
         if path.suffix.lower() == ".npy":

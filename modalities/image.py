@@ -62,6 +62,10 @@ class Image(Modality):
         """Values (B, C, H, W)."""
         return Signal("values", self.spec.channels, self.size)
 
+    def blank(self, count: int) -> Tensor:
+        """Return black images, uint8 (B, C, H, W)."""
+        return torch.zeros(count, self.spec.channels, *self.size, dtype=torch.uint8)
+
     def load(self, path: Path) -> PILImage.Image:
         """Decode an image file, turned upright as its EXIF data say."""
         with PILImage.open(path) as image:

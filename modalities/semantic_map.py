@@ -42,11 +42,16 @@ class SemanticMap(Modality):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.size = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
+        self._stored = torch.int16 if spec.classes > 255 else torch.uint8
 
     @property
     def signal(self) -> Signal:
         """Class ids (B, H, W)."""
         return Signal("classes", 1, self.size, self.spec.classes, has_gaps=self.spec.ignore is not None)
+
+    def blank(self, count: int) -> Tensor:
+        """Return maps of class 0, (B, H, W)."""
+        return torch.zeros(count, *self.size, dtype=self._stored)
 
     def load(self, path: Path) -> np.ndarray:
         """Read an image of class ids (palette images: the index) or a .npy array -> integer (H, W)."""
@@ -71,7 +76,7 @@ class SemanticMap(Modality):
                 f"a semantic map holds class {int(x[is_bad][0])}, but `classes` is {self.spec.classes}; raise "
                 f"`classes` or name the id of unlabelled positions with `ignore`."
             )
-        return x.to(torch.int16 if self.spec.classes > 255 else torch.uint8).contiguous()
+        return x.to(self._stored).contiguous()
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
         """Crop and resize (nearest) to `size`."""
@@ -87,7 +92,7 @@ class SemanticMap(Modality):
         from matplotlib import colormaps
 
         ids = signal.cpu().numpy()
-        colours = (np.array(colormaps["tab20"].colors) * 255).round().astype(np.uint8)[ids % 20]
+        colours = (colormaps["tab20"](range(20))[:, :3] * 255).round().astype(np.uint8)[ids % 20]
         colours[ids < 0] = 0
         return colours
 

@@ -63,8 +63,8 @@ class Samples(Dataset[Loaded]):
         crop = Crop()
         if self.source.split == "train" and (self.spec.crop or self.spec.flip):
             key = stream_number(f"crop/{self.seed}/{position}")
-            size = next((tuple(x.shape[-2:]) for x in raw.values() if x.ndim >= 2), (1, 1))
-            crop = random_crop(key, self.spec.crop, self.spec.flip, size)
+            height, width = next((x.shape[-2:] for x in raw.values() if x.ndim >= 2), (1, 1))
+            crop = random_crop(key, self.spec.crop, self.spec.flip, (height, width))
         return {name: self.modalities[name].fit(x, crop) for name, x in raw.items()}
 
 

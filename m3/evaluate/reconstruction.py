@@ -14,6 +14,7 @@ from torch import Tensor
 
 from m3.errors import M3Error, nearest
 from m3.model import M3Model, Reconstruction
+from m3.plugins import Predictor
 from m3.recipe import TaskSpec
 from m3.types import Batch
 
@@ -80,7 +81,8 @@ def measure(
     for name, task in tasks.items():
         if task.target not in modality_of:
             raise M3Error(
-                f"evaluate.tasks.{name}.target: the model predicts no `{task.target}`.{nearest(task.target, modality_of)}"
+                f"evaluate.tasks.{name}.target: the model predicts no `{task.target}`."
+                f"{nearest(task.target, modality_of)}"
             )
     sums: dict[str, list[Tensor]] = {}
     for batch in batches:
@@ -102,7 +104,8 @@ def targets_of(model: M3Model) -> dict[str, str]:
     """Return target -> modality over all objectives that predict signals."""
     found: dict[str, str] = {}
     for objective in model.objectives.values():
-        found |= getattr(objective, "modality_of", {})
+        if isinstance(objective, Predictor):
+            found |= objective.modality_of
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, nearest
-from m3.plugins import Objective, Strict, Tokenizer, View, build_spec
+from m3.plugins import Predictor, Strict, Tokenizer, View, build_spec
 from m3.types import Encoded, Loss, MaskPlan, Part, Tokens
 
 
@@ -38,7 +38,7 @@ class TargetSpec(Strict):
     weight: float = 1.0
 
 
-class Reconstruct(Objective):
+class Reconstruct(Predictor):
     """Sum over targets of the mean loss of hidden positions."""
 
     class Spec(Strict):
@@ -120,12 +120,17 @@ class Reconstruct(Objective):
             weights = _weights(truth, is_target, self.has_gaps[name])
             counts[name] = reduce(torch.zeros_like(truth, dtype=torch.float32), weights, self.spec.average)[1]
         if self.log_variance is not None:
-            counts["balance"] = torch.tensor(float(len(index)), device=index.device)
+            samples = next(iter(tokens.values())).values
+            counts["balance"] = torch.tensor(float(len(samples)), device=samples.device)
         return counts
 
     def predict(self, name: str, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict target `name` at the tokens index (B, T) -> (B, T, output width)."""
         return self.decoders[name](encoded, tokens, index)
+
+    def restore(self, name: str, output: Tensor, tokens: Tokens) -> Tensor:
+        """Undo the normalisation of target `name`, for pictures (B, N, output width)."""
+        return self.providers[name].restore(output, tokens)
 
     def _targets(self, plan: MaskPlan, tokens: dict[str, Tokens], modality: str) -> tuple[Tensor, Tensor | None]:
         """Return target indices (B, T) and which of them count; a modality that is no input is predicted whole."""

@@ -1,0 +1,43 @@
+"""`m3 reconstruct`: what a trained model makes of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from m3.errors import M3Error
+from m3.model import M3Model
+from m3.processor import M3Processor
+from m3.show import preview
+
+
+def reconstruct_files(model_path: str, inputs: list[str], out: Path, visible: float | None, seed: int) -> None:
+    """Draw seen, predicted and true signals of files, one row per sample.
+
+    Args:
+        model_path: folder or Hub id.
+        inputs: files, or `modality=file`; several files of one modality are several samples.
+        out: PNG file to write.
+        visible: share of visible tokens of what is given; None: the recipe's masking for a model of one
+            modality, everything that is given for a model of several.
+        seed: of the masks.
+    """
+    model = M3Model.from_pretrained(model_path).eval()
+    processor = M3Processor.from_pretrained(model_path)
+    columns: dict[str, list[str]] = {}
+    for entry in inputs:
+        name, sign, path = entry.partition("=")
+        if not sign:
+            name, path = next(iter(model.modalities)), entry
+        columns.setdefault(name, []).append(path)
+    batch = processor(seed=seed, **columns)
+    shown = None
+    if visible is not None:
+        if not 0 < visible <= 1:
+            raise M3Error(f"--visible must be a share in (0, 1], got {visible}.")
+        shown = dict.fromkeys(columns, visible)
+    elif len(model.modalities) > 1:
+        shown = dict.fromkeys(columns, 1.0)
+    preview(model, batch, {"": shown}, out, seed)
+    Console().print(f"Picture: {out}")
