@@ -1,0 +1,8 @@
+"""The embedded world: procedural 3-D scenes, from which every modality of a sample is rendered. No files."""
+
+from m3.data.world.caption import caption
+from m3.data.world.render import FAR, Frame, render
+from m3.data.world.scene import Camera, Light, Object, Scene, sample_scene
+from m3.data.world.source import WorldSource
+
+__all__ = ["FAR", "Camera", "Frame", "Light", "Object", "Scene", "WorldSource", "caption", "render", "sample_scene"]
