@@ -1,10 +1,13 @@
-"""Self- and cross-attention on torch's scaled_dot_product_attention.
+"""Self- and cross-attention on torch's scaled_dot_product_attention, and on matrix products where that is slow.
 
 Letters: B batch, N queries, C context tokens, D width, H heads, E width of a head.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +24,51 @@ def key_mask(is_valid: Tensor | None) -> Tensor | None:
     return mask[:, None, None, :]
 
 
+LONGEST = 1024
+"""Context up to which matrix products are used on a CPU: their scores take B H N C numbers for one layer."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax(q k^T / sqrt(E)) v: q (B, H, N, E), k and v (B, H, C, E) -> (B, H, N, E).
+
+    Torch's fused kernel runs its bfloat16 backward pass on CPUs three to eight times slower than plain matrix
+    products do; for short sequences those are used there, with as little kept for the backward pass.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: (B, 1, 1, C) bool, True for keys that take part; None: all do.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= LONGEST:
+        return _Products.apply(q, k, v, mask)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+class _Products(torch.autograd.Function):
+    """Attention by matrix products; the backward pass works the probabilities out again."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        return _probabilities(q, k, mask) @ v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        q, k, v, mask = ctx.saved_tensors
+        p = _probabilities(q, k, mask)
+        grad_scores = torch.ops.aten._softmax_backward_data(grads[0] @ v.transpose(-1, -2), p, -1, p.dtype)
+        grad_scores = grad_scores * q.shape[-1] ** -0.5
+        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grads[0], None
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.softmax(-1)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values, in this order."""
 
@@ -34,7 +82,7 @@ class SelfAttention(nn.Module):
         """Attend among x (B, N, D) -> (B, N, D); mask (B, 1, 1, N) is True for keys that take part."""
         batch, count, width = x.shape
         q, k, v = self.qkv(x).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = attend(q, k, v, mask)
         return self.projection(x.transpose(1, 2).reshape(batch, count, width))
 
 
@@ -53,5 +101,5 @@ class CrossAttention(nn.Module):
         batch, count, width = x.shape
         q = self.q(x).view(batch, count, self.heads, -1).transpose(1, 2)
         k, v = self.kv(context).view(batch, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        x = attend(q, k, v, mask)
         return self.projection(x.transpose(1, 2).reshape(batch, count, width))

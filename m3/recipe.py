@@ -71,6 +71,7 @@ class TrainSpec(Strict):
         eps: AdamW's.
         clip: largest gradient norm; null: no clipping.
         precision: `bf16`, `fp32`, or `auto`: bf16 where the device computes it natively.
+        threads: CPU threads per process, on a run without GPU; null: the cores shared out among the processes.
         compile: run the network through torch.compile.
         ema: decay per step of an averaged copy of the weights; null: none.
         log_every: steps between two lines of metrics.
@@ -93,6 +94,7 @@ class TrainSpec(Strict):
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    threads: PositiveInt | None = None
     compile: bool = False
     ema: float | None = Field(default=None, gt=0, lt=1)
     log_every: PositiveInt = 10

@@ -6,6 +6,7 @@ accelerate launch -m m3.train RECIPE [a.b=c ...] [--resume]      the same code a
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from contextlib import nullcontext
@@ -78,6 +79,8 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
     )
     console = Console(quiet=not accelerator.is_main_process)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
+    if device.type == "cpu":  # `accelerate launch` leaves one thread to each process
+        torch.set_num_threads(spec.threads or max(1, len(os.sched_getaffinity(0)) // world))
 
     # ----------------------------------------------------------------------------------- model and data
     raw_model = build_model(recipe)
