@@ -1,0 +1,36 @@
+# Two commands are all a newcomer needs: `make quickstart` and `make test`.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+# Accelerate's defaults, spelled out so that it need not warn about them.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
+READY := .venv/.ready
+
+.PHONY: quickstart test test-slow lint bench clean
+
+quickstart: $(READY)  ## set up, train the quick-start recipe, show what it learned
+	$(LAUNCH) -m m3.train recipes/quickstart.yaml
+
+test: $(READY)  ## everything that must pass, in a few minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+test-slow: $(READY)  ## the tests that take minutes each
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(READY)  ## format, rules, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(READY)  ## the figures of BENCHMARKS.md
+	$(BIN)/m3 bench mae_vit_s --against transformers train.precision=fp32
+	$(BIN)/m3 bench mae_vit_s --against transformers train.precision=bf16
+	$(BIN)/m3 bench mae_vit_s --against transformers train.precision=fp32 train.compile=true
+	$(BIN)/m3 bench mae_vit_s --against transformers train.precision=bf16 train.compile=true
+
+$(READY): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,dev]"
+	touch $(READY)
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv runs build dist *.egg-info
