@@ -36,7 +36,8 @@ def explain(error: ValidationError, model: type[BaseModel], where: str) -> M3Err
     if first["type"] == "missing":
         return M3Error(f"{path}: this key is required; add it.")
     message = first["msg"].removeprefix("Value error, ")
-    return M3Error(f"{path}: {message[0].lower()}{message[1:]}, got {first['input']!r}.")
+    given = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+    return M3Error(f"{path}: {message[0].lower()}{message[1:]}{given}.")
 
 
 def _fields(model: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -155,6 +155,11 @@ class M3Model(PreTrainedModel):
                 counts[f"{name}/{part}"] = count
         return counts
 
+    @property
+    def part_names(self) -> list[str]:
+        """Names of all parts of the loss, in the order in which `forward` returns them."""
+        return [f"{name}/{part}" for name, objective in self._objectives().items() for part in objective.part_names]
+
     def forward(self, batch: Batch | Prepared) -> M3Output:
         """Compute the losses of all objectives.
 

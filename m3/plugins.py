@@ -195,6 +195,9 @@ class Objective(nn.Module, ABC):
 
     views: tuple[View, ...]
 
+    part_names: tuple[str, ...]
+    """Names of the parts of the loss, in the order in which `forward` returns them."""
+
     @abstractmethod
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
         """Compute the loss. Every parameter of the objective takes part in the graph, also where nothing counts."""

@@ -90,7 +90,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
     optimizer = make_optimizer(raw_model, spec)
     model, optimizer = accelerator.prepare(raw_model, optimizer)
     average = Average(raw_model, spec.ema) if spec.ema else None
-    network: nn.Module = torch.compile(model) if spec.compile else model  # type: ignore[assignment]
+    network: nn.Module = torch.compile(model) if spec.compile else model
     describe(console, recipe, raw_model, plan, accelerator)
 
     # ------------------------------------------------------------------------------------ where to start
@@ -120,21 +120,10 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
         skipped = [message for batch in micro_batches for message in batch.skipped]
         clock.count_skipped(skipped, recipe.data.max_unreadable)
         prepared = [raw_model.prepare(batch.to(device)) for batch in micro_batches]
-        counts = total_counts(accelerator, raw_model, prepared)
 
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, plan)
-        parts: dict[str, Tensor] = {}
-        for turn, micro in enumerate(prepared):
-            is_last = turn == len(prepared) - 1
-            with nullcontext() if is_last else accelerator.no_sync(model):
-                with accelerator.autocast():
-                    output = network(micro)
-                loss: Loss = output.parts
-                # Gradients are averaged over ranks; the loss is a sum over them.
-                accelerator.backward(loss.total(counts) * world)
-            for name, part in loss.parts.items():
-                parts[name] = parts.get(name, 0) + part.sum.detach()
+        sums, counts = gradients(accelerator, raw_model, network, prepared)
         norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
@@ -145,8 +134,8 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
         # ------------------------------------------------------------------------ report, save, evaluate
         done = step + 1
         if done % spec.log_every == 0 or done == plan.steps:
-            sums = accelerator.reduce(torch.stack([*parts.values()]), "sum")
-            values = {name: float(s / counts[name].clamp(min=1)) for name, s in zip(parts, sums, strict=True)}
+            values = (accelerator.reduce(sums, "sum") / counts.clamp(min=1)).tolist()
+            values = dict(zip(raw_model.part_names, values, strict=True))
             line = clock.line(done, values, learning_rate(step, plan), float(norm))
             accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
             bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
@@ -178,11 +167,37 @@ def use_bf16(precision: str) -> bool:
     return precision == "bf16"
 
 
-def total_counts(accelerator: Accelerator, model: M3Model, prepared: list[Prepared]) -> dict[str, Tensor]:
-    """Add the counts of every loss part over the step's micro-batches and all processes."""
+def gradients(
+    accelerator: Accelerator, model: M3Model, network: nn.Module, prepared: list[Prepared]
+) -> tuple[Tensor, Tensor]:
+    """Run forward and backward over the micro-batches of one step on this process.
+
+    Every part of the loss is divided by its count over all micro-batches of all processes, known before the
+    first backward pass, so the gradient does not depend on how the batch was cut.
+
+    Args:
+        accelerator: the processes.
+        model: the plain model.
+        network: the model as wrapped and compiled.
+        prepared: this process's micro-batches.
+
+    Returns:
+        The sum of each part on this process, and its count on all processes, in the order of `part_names`.
+    """
     each = [model.counts(micro) for micro in prepared]
-    total = torch.stack([torch.stack([counts[name].float() for name in each[0]]) for counts in each]).sum(0)
-    return dict(zip(each[0], accelerator.reduce(total, "sum"), strict=True))
+    own = torch.stack([torch.stack([counts[name].float() for name in model.part_names]) for counts in each]).sum(0)
+    total = accelerator.reduce(own, "sum")
+    counts = dict(zip(model.part_names, total, strict=True))
+    sums = torch.zeros_like(total)
+    for turn, micro in enumerate(prepared):
+        is_last = turn == len(prepared) - 1
+        with nullcontext() if is_last else accelerator.no_sync(network):
+            with accelerator.autocast():
+                parts: Loss = network(micro).parts
+            # Gradients are averaged over processes; the loss is a sum over them.
+            accelerator.backward(parts.total(counts) * accelerator.num_processes)
+        sums += torch.stack([parts.parts[name].sum.detach().float() for name in model.part_names])
+    return sums, total
 
 
 def describe(console: Console, recipe: Recipe, model: M3Model, plan: Plan, accelerator: Accelerator) -> None:

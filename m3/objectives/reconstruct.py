@@ -83,6 +83,7 @@ class Reconstruct(Predictor):
             self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
             _check_loss(name, target.loss, tokenizer)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
+        self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
         self.has_gaps = {name: tokenizers[m].signal.has_gaps for name, m in self.modality_of.items()}
 
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:

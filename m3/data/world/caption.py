@@ -43,5 +43,4 @@ def relation(scene: Scene, first: Object, second: Object) -> str:
 
 
 def _noun(thing: Object) -> str:
-    article = "an" if f"{thing.size}"[0] in "aeiou" else "a"
-    return f"{article} {thing.size} {thing.colour} {thing.shape}"
+    return f"a {thing.size} {thing.colour} {thing.shape}"

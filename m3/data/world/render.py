@@ -61,6 +61,7 @@ def render(scene: Scene, height: int, width: int, time: float = 0.0) -> Frame:
         distance[near], normals[near], instance[near] = hit[is_closer], normal[is_closer], number + 1
 
     is_sky = distance * cosine > FAR
+    instance[is_sky] = 0  # an object that has moved beyond FAR is as gone as the ground there
     depth = np.minimum(distance * cosine, FAR).astype(np.float32)
     semantic = np.where(is_sky, SKY, GROUND).astype(np.uint8)
     shapes = np.array([0] + [FIRST_SHAPE + SHAPES.index(o.shape) for o in scene.objects], np.uint8)

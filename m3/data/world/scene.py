@@ -160,10 +160,18 @@ def sample_scene(seed: int, index: int, split: Split) -> Scene:
     """Draw scene `index` of a split; the same arguments give the same scene everywhere.
 
     The generator's key is (seed, 2 * index + split): no two splits share a key, so they share no scene.
+
+    Raises:
+        ValueError: for any other split, which would otherwise be drawn from the keys of `train`.
     """
+    if split not in ("train", "held_out"):
+        raise ValueError(f"split must be train or held_out, not {split!r}")
     key = [seed & 0xFFFFFFFFFFFFFFFF, 2 * index + (split == "held_out")]
     random = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
-    objects = _place(random, count=int(random.integers(2, 6)))
+    count = int(random.integers(2, 6))
+    objects = _place(random, count)
+    while len(objects) < 2:  # two large ones do not always find room, and relations need a pair
+        objects = _place(random, count)
     low, high = np.radians(22), np.radians(48)
     distance, elevation = random.uniform(4.6, 6.6), random.uniform(low, high)
     target = (float(random.normal(0, 0.25)), float(random.normal(0, 0.25)), float(random.uniform(0.3, 0.7)))

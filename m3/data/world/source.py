@@ -1,8 +1,11 @@
-"""Numbered scenes of a split with all their signals."""
+"""Numbered scenes of a split with all their signals.
+
+Letters: H height, W width.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -16,10 +19,15 @@ class WorldSource:
 
     SIGNALS = ("image", "depth", "semantic_map", "text")
     CLASS_NAMES = ("sky", "ground", *SHAPES)
-    LABEL_NAMES = {"shape": SHAPES, "color": tuple(COLOURS), "count": ("0", "1", "2", "3", "4", "5")}  # noqa: RUF012
+    LABEL_NAMES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "shape": SHAPES,
+        "color": tuple(COLOURS),
+        "count": ("0", "1", "2", "3", "4", "5"),
+    }
 
     def __init__(self, seed: int, split: Split, length: int, height: int = 64, width: int = 64) -> None:
-        self.seed, self.split, self.length, self.height, self.width = seed, split, length, height, width
+        self.seed, self.length, self.height, self.width = seed, length, height, width
+        self.split: Split = split
 
     def __len__(self) -> int:
         return self.length
@@ -30,9 +38,14 @@ class WorldSource:
         Returns:
             `signals`: image uint8 (H, W, 3), depth float32 (H, W) metres, semantic_map uint8 (H, W), text;
             `labels`: shape and color of the object with the most pixels, count of visible objects; `id`.
+
+        Raises:
+            IndexError: for an index outside 0 ... length - 1.
         """
         if not 0 <= index < self.length:
-            raise IndexError(f"scene {index} does not exist: the {self.split} split has scenes 0 to {self.length - 1}")
+            raise IndexError(
+                f"scene {index} does not exist: the {self.split} split has {self.length} scenes, numbered from 0"
+            )
         scene = sample_scene(self.seed, index, self.split)
         frame = render(scene, self.height, self.width)
         seen = np.bincount(frame.instance.ravel(), minlength=len(scene.objects) + 1) / frame.instance.size

@@ -1,0 +1,39 @@
+"""Run under `accelerate launch`: gradients of one global batch of 8, however it is cut; written by the main process.
+
+    python gradients.py OUT MICRO_BATCH
+"""
+
+import sys
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from m3 import load_recipe
+from m3.data.loader import Order, Samples, train_loader
+from m3.train import build_model, gradients, open_source
+
+GLOBAL = 8
+
+
+def main(out: str, micro: int) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    world, rank = accelerator.num_processes, accelerator.process_index
+    recipe = load_recipe("multimae_tiny", ["data.samples=40", "backbone.width=64", "backbone.heads=4", "backbone.depth=2"])
+    model = build_model(recipe)
+    network = accelerator.prepare(model)
+    samples = Samples(open_source(recipe, model, "train"), model.modalities, recipe.data, recipe.seed)
+    order = Order(len(samples.source), recipe.seed, micro, GLOBAL // (micro * world), rank, world, start=3, stop=4)
+    prepared = [model.prepare(batch) for batch in train_loader(samples, order, workers=0)]
+    sums, counts = gradients(accelerator, model, network, prepared)
+    sums = accelerator.reduce(sums, "sum")
+    if accelerator.is_main_process:
+        found = {name: p.grad.clone() for name, p in model.named_parameters()}
+        save_file(found | {"loss": sums / counts, "counts": counts}, out)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
