@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3.types import take
+
 
 def key_mask(is_valid: Tensor | None) -> Tensor | None:
     """Make (B, C) validity of keys a mask (B, 1, 1, C) for attention, True where a key takes part.
@@ -72,18 +74,33 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values, in this order."""
 
-    def __init__(self, width: int, heads: int, bias: bool = True) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=bias)
+        self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Attend among x (B, N, D) -> (B, N, D); mask (B, 1, 1, N) is True for keys that take part."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Attend among x (B, N, D) -> (B, N, D).
+
+        Args:
+            x: the tokens.
+            mask: (B, 1, 1, N) bool, True for keys that take part.
+            keep: (B, T) int64, tokens whose result is wanted; only these become queries -> (B, T, D).
+        """
         batch, count, width = x.shape
-        q, k, v = self.qkv(x).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (B, H, N, E)
-        x = attend(q, k, v, mask)
-        return self.projection(x.transpose(1, 2).reshape(batch, count, width))
+        if keep is None:
+            q, k, v = self._heads(self.qkv(x), 3)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            (q,) = self._heads(F.linear(take(x, keep), weight[:width], bias[:width]), 1)
+            k, v = self._heads(F.linear(x, weight[width:], bias[width:]), 2)
+            count = keep.shape[1]
+        return self.projection(attend(q, k, v, mask).transpose(1, 2).reshape(batch, count, width))
+
+    def _heads(self, x: Tensor, parts: int) -> Tensor:
+        """Split (B, N, parts * D) into heads: (parts, B, H, N, E)."""
+        return x.unflatten(-1, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4)
 
 
 class CrossAttention(nn.Module):

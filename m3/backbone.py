@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from m3.attention import SelfAttention, key_mask
 from m3.plugins import Strict
-from m3.types import Encoded, MaskPlan
+from m3.types import Encoded, MaskPlan, take
 
 
 class Size(NamedTuple):
@@ -94,9 +94,16 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Map (B, N, D) to (B, N, D); mask (B, 1, 1, N) is True for keys that take part."""
-        x = x + self.attention(self.norm1(x), mask)
+    def forward(self, x: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Map (B, N, D) to (B, N, D).
+
+        Args:
+            x: the tokens.
+            mask: (B, 1, 1, N) bool, True for keys that take part.
+            keep: (B, T) int64, tokens whose result is wanted -> (B, T, D); the others are still attended to.
+        """
+        attended = self.attention(self.norm1(x), mask, keep)
+        x = (x if keep is None else take(x, keep)) + attended
         return x + self.mlp(self.norm2(x))
 
 

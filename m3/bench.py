@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
 
+import psutil
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -21,6 +22,7 @@ from torch import nn
 
 from m3.data.loader import Samples, first_batches
 from m3.errors import M3Error
+from m3.memory import keep_freed_memory
 from m3.recipe import DataSpec, Recipe
 from m3.schedule import make_optimizer
 from m3.summary import cost, meta_model
@@ -28,7 +30,7 @@ from m3.train import build_model, open_source, use_bf16
 
 MATMUL = 2048
 WARM_UP = 2
-ROUNDS = 2
+ROUNDS = 3
 """Each peer is measured this often, in turn, so that a slow minute of the machine hits both."""
 
 
@@ -87,6 +89,7 @@ def _figures(found: list[dict[str, float]], flops: int) -> dict[str, float]:
 
 
 def _measure_ours(recipe: Recipe, steps: int) -> dict[str, float]:
+    before = _resident()
     model = build_model(recipe)
     nn.Module.to(model, _device())
     optimizer = make_optimizer(model, recipe.train)
@@ -97,12 +100,13 @@ def _measure_ours(recipe: Recipe, steps: int) -> dict[str, float]:
     def loss() -> torch.Tensor:
         return network(model.prepare(batch)).loss
 
-    return _time(loss, optimizer, recipe, steps)
+    return _time(loss, optimizer, recipe, steps, before)
 
 
 def _measure_transformers(recipe: Recipe, steps: int) -> dict[str, float]:
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+    before = _resident()
     image, backbone = next(iter(recipe.modalities.values())), recipe.backbone
     objective = next(iter(recipe.objectives.values()))
     decoder = objective["decoder"]
@@ -132,14 +136,15 @@ def _measure_transformers(recipe: Recipe, steps: int) -> dict[str, float]:
     optimizer = make_optimizer(model, recipe.train)
     network: nn.Module = torch.compile(model) if recipe.train.compile else model  # type: ignore[assignment]
     pixels = torch.rand(micro_batch(recipe), 3, size, size, device=_device())
-    return _time(lambda: network(pixel_values=pixels).loss, optimizer, recipe, steps)
+    return _time(lambda: network(pixel_values=pixels).loss, optimizer, recipe, steps, before)
 
 
 def _time(
-    loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int
+    loss: Callable[[], torch.Tensor], optimizer: torch.optim.Optimizer, recipe: Recipe, steps: int, before: float
 ) -> dict[str, float]:
     """Time forward, backward and optimizer step; the learning rate is tiny but the work is the same."""
     bf16 = use_bf16(recipe.train.precision)
+    keep_freed_memory()  # as the trainer does, and for the peer alike
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
 
@@ -153,7 +158,7 @@ def _time(
     for _ in range(WARM_UP):
         step()
     times = [_seconds(step) for _ in range(steps)]
-    memory = _peak_memory()
+    memory = _peak_memory() - before
     rate = _matmul_rate(torch.bfloat16 if bf16 else torch.float32)
     return {"seconds": statistics.median(times), "matmul": rate, "memory": memory, "batch": micro_batch(recipe)}
 
@@ -174,10 +179,15 @@ def _matmul_rate(dtype: torch.dtype) -> float:
 
 
 def _peak_memory() -> float:
-    """Return MiB: of the GPU's allocator, or the highest resident size of this process."""
+    """Return the highest use of memory so far in MiB: of the GPU's allocator, or of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _resident() -> float:
+    """Return what the process holds before the model is built, in MiB; nothing on a GPU."""
+    return 0.0 if torch.cuda.is_available() else psutil.Process().memory_info().rss / 2**20
 
 
 def _samples(recipe: Recipe) -> Samples:

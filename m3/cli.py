@@ -13,7 +13,13 @@ from m3.errors import M3Error
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a mistake of the user ends with one sentence and exit code 2."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes no more positional arguments after an option: collect the overrides that follow one.
+    late = [word for word in rest if "=" in word and not word.startswith("-") and hasattr(options, "overrides")]
+    if len(late) < len(rest):
+        parser.error(f"unknown argument {next(word for word in rest if word not in late)}")
+    if late:
+        options.overrides += late
     warnings.filterwarnings("ignore", message=".*lr_scheduler.*")
     try:
         return options.run(options) or 0

@@ -79,9 +79,10 @@ class SelfDecoder(nn.Module):
         mask = None
         if own.is_valid is not None:
             mask = key_mask(torch.cat([own.is_valid.new_ones(len(x), count), own.is_valid], dim=1))
-        for block in self.blocks:
+        *blocks, last = self.blocks
+        for block in blocks:
             x = block(x, mask)
-        return self.output(self.norm(take(x, index + count)))
+        return self.output(self.norm(last(x, mask, keep=index + count)))
 
 
 class CrossDecoder(nn.Module):

@@ -13,6 +13,12 @@ from m3.evaluate.reconstruction import Row, targets_of
 from m3.model import M3Model, Reconstruction
 from m3.types import Batch
 
+BASELINES = {
+    "neighbours": "mean of visible\nneighbours",
+    "constant": "training mean or\ncommonest class",
+    "average_map": "the same, position\nby position",
+}
+
 HIDDEN = 128
 """Grey of positions that the encoder did not see."""
 
@@ -59,13 +65,16 @@ def draw(rows: list[tuple[str, dict[str, np.ndarray]]], path: Path) -> None:
 def metrics_table(rows: list[Row]) -> Table:
     """Make the table model, baseline, difference."""
     table = Table(title="Held-out samples", title_justify="left")
-    for column in ("task", "measure", "model", "baseline", "difference", ""):
-        table.add_column(column, justify="right" if column in ("model", "baseline", "difference") else "left")
+    table.add_column("task")
+    table.add_column("measure")
+    for column in ("model", "baseline", "difference"):
+        table.add_column(column, justify="right")
+    table.add_column("baseline is")
     for row in rows:
-        arrow = "higher is better" if row.higher_is_better else "lower is better"
-        verdict = "[green]better[/]" if row.is_won else "[red]not better[/]"
-        numbers = (f"{row.model:.3f}", f"{row.baseline:.3f}", f"{row.model - row.baseline:+.3f}")
-        table.add_row(row.task, f"{row.measure}, {arrow}", *numbers, f"{verdict} than {row.baseline_name}")
+        better = "higher" if row.higher_is_better else "lower"
+        colour = "green" if row.is_won else "red"
+        numbers = (f"{row.model:.3f}", f"{row.baseline:.3f}", f"[{colour}]{row.model - row.baseline:+.3f}[/]")
+        table.add_row(row.task, f"{row.measure}\n{better} is better", *numbers, BASELINES[row.baseline_name])
     return table
 
 
@@ -74,21 +83,26 @@ def _pictures(model: M3Model, batch: Batch, result: Reconstruction, sample: int)
     modality_of = targets_of(model)
     pictures = {}
     for name, modality in model.modalities.items():
-        truth = None
+        truth, drawn, seen = None, np.zeros(0), np.zeros(0)
         if name in batch.signals:
             truth = modality.normalise(batch.signals[name][sample : sample + 1].to(model.device))[0]
             drawn = modality.show(truth)
-            pictures[f"{name}: seen"] = _hide(drawn, result.is_visible.get(name), sample)
+            seen = _seen(drawn, result.is_visible.get(name), sample)
+            pictures[f"{name}: seen"] = np.where(seen, drawn, np.uint8(HIDDEN))
         for target in (t for t, m in modality_of.items() if m == name and t in result.predicted):
-            pictures[f"{target}: predicted"] = modality.show(result.predicted[target][sample])
+            guess = modality.show(result.predicted[target][sample])
+            # No loss asks for what was seen, so the prediction there means nothing: the truth is kept.
+            pictures[f"{target}: predicted"] = guess if truth is None else np.where(seen, drawn, guess)
         if truth is not None:
-            pictures[f"{name}: truth"] = modality.show(truth)
+            pictures[f"{name}: truth"] = drawn
     return pictures
 
 
-def _hide(picture: np.ndarray, is_visible: Tensor | None, sample: int) -> np.ndarray:
-    seen = np.zeros(picture.shape[:2], bool) if is_visible is None else is_visible[sample].cpu().numpy()
-    return np.where(seen[..., None], picture, np.uint8(HIDDEN)).astype(np.uint8)
+def _seen(picture: np.ndarray, is_visible: Tensor | None, sample: int) -> np.ndarray:
+    """Return (H, W, 1) bool, True where the encoder saw the sample."""
+    if is_visible is None:
+        return np.zeros((*picture.shape[:2], 1), bool)
+    return is_visible[sample].cpu().numpy()[..., None]
 
 
 def count_parameters(module: torch.nn.Module) -> int:

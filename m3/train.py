@@ -28,6 +28,7 @@ from m3.data.source import Source, Split
 from m3.ema import Average
 from m3.errors import M3Error
 from m3.evaluate.reconstruction import Row, fit_averages, measure
+from m3.memory import keep_freed_memory
 from m3.model import M3Model, Prepared
 from m3.plugins import find
 from m3.processor import M3Processor
@@ -80,6 +81,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
     console = Console(quiet=not accelerator.is_main_process)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     if device.type == "cpu":  # `accelerate launch` leaves one thread to each process
+        keep_freed_memory()
         torch.set_num_threads(spec.threads or max(1, len(os.sched_getaffinity(0)) // world))
 
     # ----------------------------------------------------------------------------------- model and data

@@ -43,7 +43,7 @@ class Depth(Modality):
         std: float = 1.0
 
     extensions = (".png", ".tif", ".tiff", ".npy")
-    measure = "L1 (standardised depth)"
+    measure = "L1, deviations"
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)

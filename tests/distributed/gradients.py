@@ -1,6 +1,6 @@
 """Run under `accelerate launch`: gradients of one global batch of 8, however it is cut; written by the main process.
 
-    python gradients.py OUT MICRO_BATCH
+python gradients.py OUT MICRO_BATCH
 """
 
 import sys
@@ -20,7 +20,9 @@ def main(out: str, micro: int) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     world, rank = accelerator.num_processes, accelerator.process_index
-    recipe = load_recipe("multimae_tiny", ["data.samples=40", "backbone.width=64", "backbone.heads=4", "backbone.depth=2"])
+    recipe = load_recipe(
+        "multimae_tiny", ["data.samples=40", "backbone.width=64", "backbone.heads=4", "backbone.depth=2"]
+    )
     model = build_model(recipe)
     network = accelerator.prepare(model)
     samples = Samples(open_source(recipe, model, "train"), model.modalities, recipe.data, recipe.seed)

@@ -19,6 +19,8 @@ SKY, GROUND, FIRST_SHAPE = 0, 1, 2
 
 SHINE = {"metal": 0.55, "glass": 0.45, "wood": 0.08, "rubber": 0.0}
 EPS = 1e-4
+SLACK = 1.001
+"""Widens the spheres around objects, so that rounding never hides a ray that grazes one."""
 
 
 @dataclass(frozen=True)
@@ -103,19 +105,18 @@ def _rays(scene: Scene, height: int, width: int) -> tuple[np.ndarray, np.ndarray
     y = (1 - 2 * (np.arange(height) + 0.5) / height) * half
     x = (2 * (np.arange(width) + 0.5) / width - 1) * half * width / height
     rays = (x[None, :, None] * axes[0] + y[:, None, None] * axes[1] + axes[2]).reshape(-1, 3).astype(np.float32)
-    length = np.sqrt((rays * rays).sum(1))
+    length = np.sqrt(np.einsum("pc,pc->p", rays, rays))
     return rays / length[:, None], 1 / length
 
 
 def _near(thing: Object, origin: np.ndarray, rays: np.ndarray) -> np.ndarray:
     """Return the numbers of the rays that pass the sphere around an object; all others surely miss it."""
     to = np.array(thing.centre, np.float32) - origin
-    along = (rays * to).sum(1)
-    apart = (to * to).sum(-1) - along * along
-    return np.flatnonzero((apart < thing.reach**2) & (along > -thing.reach))
+    along = rays @ to
+    return np.flatnonzero((to @ to - along * along < (SLACK * thing.reach) ** 2) & (along > -thing.reach))
 
 
-def _quadratic(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _quadratic(a: np.ndarray | np.float32, b: np.ndarray, c: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return both solutions of a t^2 + 2 b t + c = 0, nan where there is none."""
     root = np.sqrt(b * b - a * c)
     return (-b - root) / a, (-b + root) / a
@@ -193,7 +194,7 @@ def _shade(
         albedo[own] = _object_colour(thing, points[own])
         shine[own] = SHINE[thing.material]
     colour = albedo * (scene.light.ambient + scene.light.strength * facing)[:, None]
-    mirrored = rays - 2 * (rays * normals).sum(1, keepdims=True) * normals
+    mirrored = rays - 2 * np.einsum("pc,pc->p", rays, normals)[:, None] * normals
     colour += (shine * (facing > 0) * np.maximum(mirrored @ towards, 0) ** 24)[:, None]
     height = np.clip(rays[:, 2:] * 2 + 0.6, 0, 1)
     sky = (1 - height) * 0.92 + height * np.array(scene.sky_colour, np.float32)
@@ -207,11 +208,13 @@ def _is_shadowed(
     shadowed = np.zeros(len(points), bool)
     lit = np.flatnonzero(~is_sky & (facing > 0))
     start = points[lit] + normals[lit] * np.float32(5e-3)
-    towards = np.broadcast_to(np.array(scene.light.direction, np.float32), start.shape)
+    light = np.array(scene.light.direction, np.float32)
+    towards = np.broadcast_to(light, start.shape)
     for thing in scene.objects:
         to = np.array(thing.centre, np.float32) - start
-        along = (to * towards).sum(1)
-        near = np.flatnonzero(((to * to).sum(1) - along * along < thing.reach**2) & (along > -thing.reach))
+        along = to @ light
+        apart = np.einsum("pc,pc->p", to, to) - along * along
+        near = np.flatnonzero((apart < (SLACK * thing.reach) ** 2) & (along > -thing.reach))
         distance, _ = intersect(thing, start[near], towards[near])
         shadowed[lit[near[np.isfinite(distance)]]] = True
     return shadowed

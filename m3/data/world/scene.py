@@ -168,10 +168,14 @@ def sample_scene(seed: int, index: int, split: Split) -> Scene:
         raise ValueError(f"split must be train or held_out, not {split!r}")
     key = [seed & 0xFFFFFFFFFFFFFFFF, 2 * index + (split == "held_out")]
     random = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
-    count = int(random.integers(2, 6))
-    objects = _place(random, count)
-    while len(objects) < 2:  # two large ones do not always find room, and relations need a pair
-        objects = _place(random, count)
+    scene = _draw(random)
+    while not _is_worth_seeing(scene):
+        scene = _draw(random)
+    return scene
+
+
+def _draw(random: np.random.Generator) -> Scene:
+    objects = _place(random, count=int(random.integers(2, 6)))
     low, high = np.radians(22), np.radians(48)
     distance, elevation = random.uniform(4.6, 6.6), random.uniform(low, high)
     target = (float(random.normal(0, 0.25)), float(random.normal(0, 0.25)), float(random.uniform(0.3, 0.7)))
@@ -194,6 +198,13 @@ def sample_scene(seed: int, index: int, split: Split) -> Scene:
         sky_colour=_vector(random.uniform([0.35, 0.5, 0.75], [0.6, 0.75, 0.95])),
         pattern=int(random.integers(2**31)),
     )
+
+
+def _is_worth_seeing(scene: Scene) -> bool:
+    """Say whether there are two objects, for relations, and one has its centre in a square picture, for labels."""
+    centres = np.subtract([o.centre for o in scene.objects], scene.camera.position) @ scene.camera.axes().T
+    edge = math.tan(scene.camera.view / 2) * centres[:, 2]
+    return len(scene.objects) >= 2 and bool((np.abs(centres[:, :2]).max(1) < edge).any())
 
 
 def _place(random: np.random.Generator, count: int) -> tuple[Object, ...]:

@@ -1,0 +1,504 @@
+"""Masks: exact budgets, no overlap, every token reachable, uniform coverage, seed replay; and the draws below them.
+
+Chi-square limits are the Wilson-Hilferty quantile at p = 1e-4; the draws are fixed by their keys, so nothing here
+depends on chance between two runs.
+"""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+from m3 import masking
+from m3.errors import M3Error
+from m3.plugins import View
+from m3.random import Draws
+from m3.types import MaskPlan, Tokens, take
+
+SIZES = {"image": 16, "depth": 9, "semantic": 25}
+
+SELECTIONS = {
+    "share": {"type": "fixed", "visible": 0.25},
+    "number": {"type": "fixed", "visible": 5},
+    "each": {"type": "fixed", "visible": {"image": 3, "depth": 0.5, "semantic": 1.0}},
+    "symmetric": {"type": "dirichlet", "visible": 12},
+    "symmetric share": {"type": "dirichlet", "visible": 0.5, "alpha": 0.3},
+    "alphas": {"type": "dirichlet", "visible": 12, "alpha": {"image": 0.2, "depth": 3.0, "semantic": 1.0}},
+    "subsets": {"type": "dirichlet", "visible": 12, "alpha": 1.0, "subsets": True},
+}
+
+
+def build(settings: dict, names=tuple(SIZES)) -> masking.Selection:
+    return masking.build(View(tuple(names), json.dumps(settings)))
+
+
+def make_tokens(batch: int, sizes: dict[str, int], is_valid: dict[str, torch.Tensor] | None = None):
+    """Tokens whose values tell sample and place apart."""
+    tokens = {}
+    for name, count in sizes.items():
+        values = torch.arange(batch * count * 2, dtype=torch.float32).reshape(batch, count, 2)
+        positions = torch.arange(count * 2, dtype=torch.float32).reshape(1, count, 2)
+        tokens[name] = Tokens(values, positions, (is_valid or {}).get(name))
+    return tokens
+
+
+def select(settings: dict, tokens: dict[str, Tokens], keys: torch.Tensor, seed: int = 0) -> MaskPlan:
+    return build(settings, tokens)(tokens, Draws(keys, seed))
+
+
+def visible_sets(plan: MaskPlan) -> list[set[tuple[str, int]]]:
+    """Slow: what the encoder of each sample sees, read token by token; fails if it sees one twice."""
+    names = list(plan.visible)
+    index, modality = plan.packed_index().tolist(), plan.packed_modality().tolist()
+    result = []
+    for sample in range(len(index)):
+        seen = [
+            (names[m], i)
+            for v, (i, m) in enumerate(zip(index[sample], modality[sample], strict=True))
+            if plan.is_valid is None or plan.is_valid[sample, v]
+        ]
+        assert len(seen) == len(set(seen))
+        result.append(set(seen))
+    return result
+
+
+def target_sets(plan: MaskPlan) -> list[set[tuple[str, int]]]:
+    """Slow: what a loss asks for in each sample; fails if it asks twice."""
+    result = [set() for _ in range(len(next(iter(plan.target.values()))))]
+    for name, index in plan.target.items():
+        for sample, row in enumerate(index.tolist()):
+            is_target = plan.is_target[name][sample].tolist() if name in plan.is_target else [True] * len(row)
+            wanted = [(name, i) for i, counts in zip(row, is_target, strict=True) if counts]
+            assert len(wanted) == len(set(wanted))
+            result[sample] |= set(wanted)
+    return result
+
+
+def valid_sets(tokens: dict[str, Tokens]) -> list[set[tuple[str, int]]]:
+    batch = len(next(iter(tokens.values())).values)
+    return [
+        {
+            (name, i)
+            for name, part in tokens.items()
+            for i in range(part.count)
+            if part.is_valid is None or part.is_valid[sample, i]
+        }
+        for sample in range(batch)
+    ]
+
+
+def budget(settings: dict, tokens: dict[str, Tokens], valid: set[tuple[str, int]]) -> int | dict[str, int]:
+    """What the settings promise for a sample whose valid tokens are given."""
+    there = {name: sum(n == name for n, _ in valid) for name in tokens}
+
+    def share(visible, count, of):
+        if isinstance(visible, int):
+            return min(visible, count)
+        return min(count, max(1, int(of * visible + 1e-9)))
+
+    if settings["type"] == "dirichlet":
+        return share(settings["visible"], len(valid), sum(part.count for part in tokens.values()))
+    each = settings["visible"] if isinstance(settings["visible"], dict) else dict.fromkeys(tokens, settings["visible"])
+    return {name: share(each[name], there[name], there[name]) for name in tokens}
+
+
+def presence(kind: str, repeats: int = 4) -> tuple[int, dict[str, torch.Tensor]]:
+    """Validity of all combinations of present and missing modalities, `repeats` samples each."""
+    if kind == "all present":
+        return 8 * repeats, {}
+    combinations = torch.tensor(list(itertools.product([True, False], repeat=3))).repeat(repeats, 1)
+    batch = len(combinations)
+    is_valid = {
+        name: combinations[:, i : i + 1].expand(batch, size).clone() for i, (name, size) in enumerate(SIZES.items())
+    }
+    if kind == "padded":
+        is_valid["semantic"] &= Draws(torch.arange(batch), 5).uniform("padding", 25) < 0.5
+    if kind == "one never missing":
+        del is_valid["depth"]
+    return batch, is_valid
+
+
+def chi_square_limit(freedom: int, z: float = 3.719) -> float:
+    """The value that a chi-square variable exceeds with probability 1e-4 (Wilson and Hilferty)."""
+    return freedom * (1 - 2 / (9 * freedom) + z * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+def chi_square(counts: torch.Tensor) -> float:
+    expected = counts.sum() / len(counts)
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+# -- budgets -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["all present", "some missing", "padded", "one never missing"])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_budget_is_exact_and_visible_and_target_share_out_the_valid_tokens(name, kind):
+    settings = SELECTIONS[name]
+    batch, is_valid = presence(kind)
+    tokens = make_tokens(batch, SIZES, is_valid)
+    plan = select(settings, tokens, torch.arange(batch) * 7 + 3)
+    for seen, wanted, valid in zip(visible_sets(plan), target_sets(plan), valid_sets(tokens), strict=True):
+        assert not seen & wanted
+        assert seen | wanted == valid
+        expected = budget(settings, tokens, valid)
+        if isinstance(expected, int):
+            assert len(seen) == expected
+        else:
+            assert {name: sum(n == name for n, _ in seen) for name in tokens} == expected
+
+
+@pytest.mark.parametrize("kind", ["all present", "some missing", "padded"])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_indices_are_ascending_per_modality(name, kind):
+    batch, is_valid = presence(kind, 1)
+    plan = select(SELECTIONS[name], make_tokens(batch, SIZES, is_valid), torch.arange(batch))
+    names, index, modality = list(plan.visible), plan.packed_index(), plan.packed_modality()
+    for sample in range(batch):
+        for i in range(len(names)):
+            own = modality[sample] == i
+            if plan.is_valid is not None:
+                own &= plan.is_valid[sample]
+            rows = index[sample, own].tolist()
+            assert rows == sorted(rows)
+    for rows in plan.target.values():
+        assert (rows.diff(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTIONS if name != "each"])
+def test_every_token_is_seen_in_some_draw_and_hidden_in_another(name):
+    tokens = make_tokens(400, SIZES)
+    plan = select(SELECTIONS[name], tokens, torch.arange(400))
+    everything = valid_sets(tokens)[0]
+    assert set.union(*visible_sets(plan)) == everything
+    assert set.union(*target_sets(plan)) == everything
+
+
+def test_fixed_counts_of_mae():
+    plan = select({"type": "fixed", "visible": 0.25}, make_tokens(3, {"image": 196}), torch.arange(3))
+    assert plan.visible["image"].shape == (3, 49)
+    assert plan.target["image"].shape == (3, 147)
+    assert plan.order is None
+    assert plan.is_valid is None
+
+
+def test_fixed_covers_all_tokens_uniformly():
+    batch, count, share = 4000, 196, 0.25
+    plan = select({"type": "fixed", "visible": share}, make_tokens(batch, {"image": count}), torch.arange(batch))
+    hits = torch.bincount(plan.visible["image"].flatten(), minlength=count).double()
+    # Sampling without replacement: the hits of a token have variance n p (1 - p), and their sum is fixed.
+    statistic = float(((hits - batch * share) ** 2).sum() / (batch * share * (1 - share)) * (count - 1) / count)
+    assert statistic < chi_square_limit(count - 1)
+    assert statistic > 195 - 4 * (2 * 195) ** 0.5  # suspiciously even is not random either
+
+
+def test_fixed_pairs_of_tokens_are_seen_together_as_often_as_chance_says():
+    batch, count = 6000, 16
+    plan = select({"type": "fixed", "visible": 4}, make_tokens(batch, {"image": count}), torch.arange(batch))
+    is_seen = torch.zeros(batch, count).scatter_(1, plan.visible["image"], 1.0)
+    together = (is_seen.T @ is_seen)[*torch.triu_indices(count, count, 1)]
+    p = 4 * 3 / (count * (count - 1))
+    assert ((together - batch * p).abs() < 4.5 * (batch * p * (1 - p)) ** 0.5).all()
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_dirichlet_and_fixed_cover_each_modality_uniformly(name):
+    batch = 3000
+    plan = select(SELECTIONS[name], make_tokens(batch, SIZES), torch.arange(batch) + 10**6)
+    index, modality = plan.packed_index(), plan.packed_modality()
+    for number, count in enumerate(SIZES.values()):
+        hits = torch.bincount(index[modality == number], minlength=count).double()
+        assert chi_square(hits) < chi_square_limit(count - 1)
+
+
+# -- replay --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in SELECTIONS if name != "each"])
+def test_same_keys_and_seed_give_the_same_plan_and_others_another(name):
+    batch = 32
+    tokens, keys = make_tokens(batch, SIZES), torch.arange(batch) * 11
+    first, again = (visible_sets(select(SELECTIONS[name], tokens, keys, seed=3)) for _ in range(2))
+    other_seed = visible_sets(select(SELECTIONS[name], tokens, keys, seed=4))
+    other_keys = visible_sets(select(SELECTIONS[name], tokens, keys + 1, seed=3))
+    assert first == again
+    assert sum(a != b for a, b in zip(first, other_seed, strict=True)) > batch // 2
+    assert sum(a != b for a, b in zip(first, other_keys, strict=True)) > batch // 2
+
+
+@pytest.mark.parametrize("kind", ["all present", "some missing", "padded"])
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_cutting_a_batch_changes_no_row(name, kind):
+    batch, is_valid = presence(kind, 1)
+    keys = torch.arange(batch) * 5 + 2
+    whole = select(SELECTIONS[name], make_tokens(batch, SIZES, is_valid), keys)
+    for size in (1, 2, 4):
+        seen, wanted = [], []
+        for start in range(0, batch, size):
+            rows = slice(start, start + size)
+            tokens = make_tokens(size, SIZES, {name: mask[rows] for name, mask in is_valid.items()})
+            plan = select(SELECTIONS[name], tokens, keys[rows])
+            seen += visible_sets(plan)
+            wanted += target_sets(plan)
+        assert seen == visible_sets(whole)
+        assert wanted == target_sets(whole)
+
+
+# -- Dirichlet -----------------------------------------------------------------------------------------------
+
+
+def share_of_visible(plan: MaskPlan) -> torch.Tensor:
+    modality = plan.packed_modality()
+    return torch.stack([(modality == i).double().mean(1) for i in range(len(plan.visible))], dim=1)
+
+
+@pytest.mark.parametrize("alpha", [(1.0, 1.0, 1.0), (0.2, 0.2, 0.2), (0.5, 2.0, 5.0), (10.0, 1.0, 0.2)])
+def test_dirichlet_shares_have_the_right_mean(alpha):
+    batch, sizes = 4000, dict.fromkeys(SIZES, 64)
+    settings = {"type": "dirichlet", "visible": 64, "alpha": dict(zip(sizes, alpha, strict=True))}
+    shares = share_of_visible(select(settings, make_tokens(batch, sizes), torch.arange(batch)))
+    expected = torch.tensor(alpha, dtype=torch.float64) / sum(alpha)
+    error = shares.std(0) / batch**0.5
+    assert ((shares.mean(0) - expected).abs() < 4 * error + 0.25 / 64).all()
+
+
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 10.0])
+def test_dirichlet_shares_have_the_right_variance(alpha):
+    n = 20000
+    alphas = torch.tensor([alpha, alpha, 2 * alpha])
+    shares = masking.log_gamma_variates(alphas, Draws(torch.arange(n))).double().softmax(1)
+    total = alphas.double().sum()
+    expected = alphas * (total - alphas) / (total**2 * (total + 1))
+    deviations = (shares - shares.mean(0)) ** 2
+    error = deviations.std(0) / n**0.5
+    assert ((deviations.mean(0) - expected).abs() < 4 * error).all()
+    assert ((shares.mean(0) - alphas / total).abs() < 4 * shares.std(0) / n**0.5).all()
+
+
+@pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 3.0, 10.0, 200.0])
+def test_log_gamma_variates_follow_the_gamma_distribution(alpha):
+    n, bins = 20000, 64
+    logs = masking.log_gamma_variates(torch.tensor([alpha, 1.0]), Draws(torch.arange(n)))[:, 0].double()
+    shape = torch.tensor(alpha, dtype=torch.float64)
+    assert logs.isfinite().all()
+    assert (logs.mean() - torch.digamma(shape)).abs() < 4 * logs.std() / n**0.5
+    quantiles = torch.special.gammainc(shape, logs.exp())
+    counts = torch.bincount((quantiles * bins).long().clamp(max=bins - 1), minlength=bins).double()
+    assert chi_square(counts) < chi_square_limit(bins - 1)
+
+
+def test_log_gamma_variates_of_two_modalities_are_independent():
+    logs = masking.log_gamma_variates(torch.tensor([0.7, 0.7]), Draws(torch.arange(20000)))
+    assert torch.corrcoef(logs.T)[0, 1].abs() < 4 / 20000**0.5
+
+
+def test_quotas_beyond_a_modality_go_to_the_others():
+    batch, sizes = 50, {"image": 60, "depth": 4}
+    settings = {"type": "dirichlet", "visible": 32, "alpha": {"image": 0.5, "depth": 500.0}}
+    plan = select(settings, make_tokens(batch, sizes), torch.arange(batch))
+    for seen in visible_sets(plan):
+        assert {i for name, i in seen if name == "depth"} == {0, 1, 2, 3}
+        assert len(seen) == 32
+
+
+def test_budget_beyond_all_tokens_shows_everything():
+    tokens = make_tokens(2, SIZES)
+    for settings in ({"type": "dirichlet", "visible": 999}, {"type": "fixed", "visible": 999}):
+        assert visible_sets(select(settings, tokens, torch.arange(2))) == valid_sets(tokens)
+
+
+def test_missing_modalities_get_no_share_and_the_budget_stays():
+    batch, is_valid = presence("some missing", repeats=40)
+    sizes = SIZES
+    plan = select(
+        {"type": "dirichlet", "visible": 9, "alpha": 0.5}, make_tokens(batch, sizes, is_valid), torch.arange(batch)
+    )
+    for sample, seen in enumerate(visible_sets(plan)):
+        there = {name for name in sizes if is_valid[name][sample].all()}
+        assert {name for name, _ in seen} <= there
+        assert len(seen) == (9 if there else 0)
+
+
+@pytest.mark.parametrize("missing", [None, "depth"])
+def test_subsets_occur_equally_often(missing):
+    batch, sizes = 7000, {"image": 40, "depth": 40, "semantic": 40}
+    is_valid = {missing: torch.zeros(batch, 40, dtype=torch.bool)} if missing else {}
+    # A large alpha: every modality of the subset gets some of the 36 tokens.
+    settings = {"type": "dirichlet", "visible": 36, "alpha": 1000.0, "subsets": True}
+    plan = select(settings, make_tokens(batch, sizes, is_valid), torch.arange(batch))
+    names = [frozenset(name for name, _ in seen) for seen in visible_sets(plan)]
+    present = [name for name in sizes if name != missing]
+    subsets = [frozenset(c) for k in range(1, len(present) + 1) for c in itertools.combinations(present, k)]
+    counts = torch.tensor([names.count(subset) for subset in subsets]).double()
+    assert len(subsets) == (3 if missing else 7)
+    assert counts.sum() == batch
+    assert chi_square(counts) < chi_square_limit(len(subsets) - 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"type": "dirichlet", "visible": 4, "alpha": 0.0}, "masking.alpha must be positive"),
+        (
+            {"type": "dirichlet", "visible": 4, "alpha": {"image": 1.0}},
+            "masking.alpha must name exactly .*image, depth",
+        ),
+        ({"type": "fixed", "visible": {"image": 1}}, "masking.visible must name exactly .*image, depth"),
+        ({"type": "fixed", "visible": 1.5}, "visible"),
+        ({"type": "fixed", "visible": -1}, "visible"),
+        ({"type": "fixed", "ratio": 0.75}, "ratio"),
+    ],
+)
+def test_wrong_settings_are_named(settings, text):
+    with pytest.raises(M3Error, match=text):
+        build(settings, ("image", "depth"))
+
+
+# -- explicit masks, plans -----------------------------------------------------------------------------------
+
+
+def uneven(batch: int = 5, is_valid: dict[str, torch.Tensor] | None = None):
+    tokens = make_tokens(batch, SIZES, is_valid)
+    threshold = torch.linspace(0.0, 0.9, batch).unsqueeze(1)  # the first sample sees nothing
+    is_visible = {n: Draws(torch.arange(batch)).uniform(n, p.count) < threshold for n, p in tokens.items()}
+    return tokens, is_visible
+
+
+@pytest.mark.parametrize("with_missing", [False, True])
+def test_explicit_shows_each_sample_exactly_its_own_tokens(with_missing):
+    is_valid = {"depth": torch.tensor([True, False, True, True, False]).unsqueeze(1).expand(5, 9)}
+    tokens, is_visible = uneven(is_valid=is_valid if with_missing else None)
+    plan = masking.explicit(tokens, is_visible)
+    seen, wanted, valid = visible_sets(plan), target_sets(plan), valid_sets(tokens)
+    for sample in range(5):
+        asked = {(n, i) for n, mask in is_visible.items() for i in range(SIZES[n]) if mask[sample, i]}
+        assert seen[sample] == asked & valid[sample]
+        assert wanted[sample] == valid[sample] - asked
+    assert len({len(s) for s in seen}) > 2
+
+
+def test_explicit_with_nothing_visible_keeps_one_slot_of_filling():
+    tokens = make_tokens(2, SIZES)
+    plan = masking.explicit(tokens, {n: torch.zeros(2, c, dtype=torch.bool) for n, c in SIZES.items()})
+    assert visible_sets(plan) == [set(), set()]
+    assert target_sets(plan) == valid_sets(tokens)
+    assert plan.is_valid is not None
+    assert plan.is_valid.tolist() == [[False], [False]]
+
+
+def test_everything_shows_every_valid_token():
+    for kind in ("all present", "some missing", "padded"):
+        batch, is_valid = presence(kind, 1)
+        tokens = make_tokens(batch, SIZES, is_valid)
+        plan = masking.everything(tokens)
+        assert visible_sets(plan) == valid_sets(tokens)
+        assert target_sets(plan) == [set()] * batch
+
+
+def test_explicit_refuses_masks_of_the_wrong_shape():
+    tokens, is_visible = uneven()
+    for wrong in (is_visible["depth"][:3], is_visible["depth"][:, :4]):
+        shape = rf"\({wrong.shape[0]}, {wrong.shape[1]}\)"
+        with pytest.raises(M3Error, match=rf"mask of `depth` must have shape \(5, 9\) .*got {shape}"):
+            masking.explicit(tokens, is_visible | {"depth": wrong})
+
+
+def test_masks_take_shares_numbers_and_tensors():
+    tokens = make_tokens(3, SIZES)
+    ready = torch.arange(27).reshape(3, 9) % 4 == 1
+    is_visible = masking.masks(tokens, {"image": 0.5, "depth": ready}, Draws(torch.arange(3)))
+    assert is_visible["image"].sum(1).tolist() == [8, 8, 8]
+    assert torch.equal(is_visible["depth"], ready)
+    assert not is_visible["semantic"].any()
+    assert masking.masks(tokens, 2, Draws(torch.arange(3)))["semantic"].sum(1).tolist() == [2, 2, 2]
+    with pytest.raises(M3Error, match=r"`visible` names `deph`, which the batch does not hold.*depth"):
+        masking.masks(tokens, {"deph": 0.5}, Draws(torch.arange(3)))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "dirichlet", "missing", "explicit"])
+def test_pack_and_its_indices_equal_a_loop(kind):
+    batch, is_valid = presence("some missing", 1)
+    if kind == "explicit":
+        tokens, is_visible = uneven(batch)
+        plan = masking.explicit(tokens, is_visible)
+    else:
+        tokens = make_tokens(batch, SIZES, is_valid if kind == "missing" else None)
+        plan = select(SELECTIONS["share" if kind == "fixed" else "symmetric"], tokens, torch.arange(batch))
+    slots = {name: take(tokens[name].values, index) for name, index in plan.visible.items()}
+    packed, index, modality = plan.pack(slots), plan.packed_index(), plan.packed_modality()
+    for sample in range(batch):
+        joined = [(number, int(i)) for number, name in enumerate(slots) for i in plan.visible[name][sample]]
+        order = range(len(joined)) if plan.order is None else plan.order[sample].tolist()
+        assert packed.shape[1] == len(order)
+        for place, origin in enumerate(order):
+            number, i = joined[origin]
+            assert (int(modality[sample, place]), int(index[sample, place])) == (number, i)
+            assert torch.equal(packed[sample, place], tokens[list(slots)[number]].values[sample, i])
+
+
+# -- draws ---------------------------------------------------------------------------------------------------
+
+KEYS = {
+    "adjacent": torch.arange(400),
+    "strided": torch.arange(400) * 1_000_003,
+    "negative": -torch.arange(400) - 1,
+    "huge": torch.arange(400) + (2**63 - 400),
+    "powers": torch.cat([2 ** torch.arange(63), -(2 ** torch.arange(63))]),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_draws_are_uniform(name):
+    u = Draws(KEYS[name], 1).uniform("score", 300).double()
+    n = u.numel()
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert (u.mean() - 0.5).abs() < 4 * (1 / 12 / n) ** 0.5
+    assert (u.var() - 1 / 12).abs() < 4 * (1 / 180 / n) ** 0.5
+    counts = torch.bincount((u * 64).long().flatten(), minlength=64).double()
+    assert chi_square(counts) < chi_square_limit(63)
+    low_bits = torch.bincount((u * 2**24).long().flatten() % 64, minlength=64).double()
+    assert chi_square(low_bits) < chi_square_limit(63)
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Of two sets of uniform numbers, in standard errors."""
+    a, b = a.double() - 0.5, b.double() - 0.5
+    return float((a * b).mean().abs() * 12 * a.numel() ** 0.5)
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_draws_of_adjacent_keys_columns_streams_and_seeds_are_independent(name):
+    keys = KEYS[name]
+    u = Draws(keys).uniform("score/image", 300)
+    assert correlation(u[1:], u[:-1]) < 4
+    assert correlation(u[:, 1:], u[:, :-1]) < 4
+    assert correlation(u[1:, 1:], u[:-1, :-1]) < 4
+    assert correlation(u, Draws(keys).uniform("score/depth", 300)) < 4
+    assert correlation(u, Draws(keys, 1).uniform("score/image", 300)) < 4
+    assert correlation(u, Draws(keys + 1).uniform("score/depth", 300)) < 4
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_draws_repeat_no_row(name):
+    rows = torch.cat([Draws(KEYS[name], seed).uniform(s, 8) for seed in (0, 1, -1) for s in ("a", "b")])
+    assert len(rows.unique(dim=0)) == len(rows)
+
+
+def test_draws_of_neighbouring_keys_share_no_shifted_row():
+    u = Draws(torch.arange(2000)).uniform("score", 64)
+    assert len(u.flatten().unique()) > 0.99 * u.numel() * (1 - u.numel() / 2 / 2**24)
+
+
+def test_keys_differ_in_all_64_bits():
+    keys = torch.tensor([5, 5 + 2**32, 5 + 2**62, 5 - 2**63])
+    assert len(Draws(keys).uniform("score", 4).unique(dim=0)) == 4
+
+
+def test_a_draw_depends_on_nothing_but_key_seed_stream_and_column():
+    keys = torch.tensor([9, -4, 2**62, 0])
+    u = Draws(keys, 2).uniform("score", 10)
+    alone = torch.cat([Draws(key.reshape(1), 2).uniform("score", 10) for key in keys])
+    assert torch.equal(u, alone)
+    assert torch.equal(u[:, :3], Draws(keys, 2).uniform("score", 3))
