@@ -56,12 +56,15 @@ class Reconstruction:
     """What `M3Model.reconstruct` returns.
 
     Attributes:
-        predicted: target -> the whole predicted signal, as the modality's `normalise` returns it.
+        predicted: target -> the whole predicted signal, as the modality's `normalise` returns it. A target that
+            was trained on normalised patches has each patch's true mean and contrast put back.
+        output: target -> (B, N, output width) what the decoder itself predicted.
         plan: what the encoder saw.
         is_visible: modality -> (B, *size) bool per position, True where the encoder saw it.
     """
 
     predicted: dict[str, Tensor]
+    output: dict[str, Tensor]
     plan: MaskPlan
     is_visible: dict[str, Tensor]
 
@@ -225,15 +228,15 @@ class M3Model(PreTrainedModel):
         else:
             plan = masking.explicit(seen, masking.masks(seen, visible, draws))
         encoded = self.encode_tokens(tokens, plan)
-        predicted = {}
+        predicted, outputs = {}, {}
         for name, modality in objective.modality_of.items():
             part = tokens[modality] if modality in tokens else self._blank(modality, len(batch))
             everything = torch.arange(part.count, device=self.device).expand(len(batch), -1)
-            output = objective.predict(name, encoded, {**tokens, modality: part}, everything)
+            output = outputs[name] = objective.predict(name, encoded, {**tokens, modality: part}, everything)
             values = self._tokenizer(modality).decode(objective.restore(name, output, part))
             predicted[name] = self._tokenizer(modality).detokenize(values, self._size(batch, modality))
         is_visible = {name: self._seen_positions(batch, tokens, plan, name) for name in seen}
-        return Reconstruction(predicted, plan, is_visible)
+        return Reconstruction(predicted, outputs, plan, is_visible)
 
     def _seen_positions(self, batch: Batch, tokens: dict[str, Tokens], plan: MaskPlan, name: str) -> Tensor:
         """Return (B, *size) bool: the visible tokens of `name` spread over the positions they cover."""

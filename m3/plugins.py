@@ -79,8 +79,8 @@ class Modality(ABC):
     a sample travels to the device: compact and in the signal's own unit.
     """
 
-    class Spec(Strict):
-        """The settings of the modality in the recipe."""
+    Spec: ClassVar[type[Strict]]
+    """The settings of the modality in the recipe; a nested class in the subclass."""
 
     extensions: ClassVar[tuple[str, ...]] = ()
     """File endings that `load` reads, lower case, with the dot."""
@@ -140,8 +140,8 @@ class Modality(ABC):
 class Tokenizer(nn.Module, ABC):
     """Raw tensor to tokens and back. `tokenize` has no parameters; `embed` holds the learned projection."""
 
-    class Spec(Strict):
-        """The settings of the tokenizer in the recipe."""
+    Spec: ClassVar[type[Strict]]
+    """The settings of the tokenizer in the recipe; a nested class in the subclass."""
 
     value_width: int
     """P, the values per token that `tokenize` returns."""
@@ -190,8 +190,8 @@ class View(NamedTuple):
 class Objective(nn.Module, ABC):
     """Turns encoded views into a loss. It declares the views; the model encodes each distinct one once."""
 
-    class Spec(Strict):
-        """The settings of the objective in the recipe."""
+    Spec: ClassVar[type[Strict]]
+    """The settings of the objective in the recipe; a nested class in the subclass."""
 
     views: tuple[View, ...]
 
@@ -219,13 +219,22 @@ class Predictor(Objective):
     modality_of: dict[str, str]
     """Target -> the modality it is a prediction of."""
 
+    is_relative: dict[str, bool]
+    """Target -> True when its values say nothing about a token's mean and contrast (normalised patches)."""
+
     @abstractmethod
     def predict(self, name: str, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict target `name` at the tokens index (B, T) -> (B, T, output width)."""
 
     @abstractmethod
     def restore(self, name: str, output: Tensor, tokens: Tokens) -> Tensor:
-        """Turn predictions (B, N, output width) for all tokens of a modality into what its `decode` reads."""
+        """Turn predictions (B, N, output width) for all tokens into what `decode` reads; for a relative target
+        with mean and contrast of the true tokens.
+        """
+
+    @abstractmethod
+    def truth(self, name: str, tokens: Tokens) -> Tensor:
+        """Return what target `name` is compared with, for all tokens of its modality (B, N, P)."""
 
 
 def find(kind: str, name: str) -> type:

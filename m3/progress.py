@@ -11,28 +11,30 @@ from typing import Any
 from rich.console import Console
 
 from m3.errors import M3Error
+from m3.types import Batch
 
 
 class Clock:
     """Counts samples, seconds and skipped files between two lines of metrics."""
 
-    def __init__(self, console: Console, start: int, batch_size: int, world: int) -> None:
-        self.console, self.batch_size, self.world = console, batch_size, world
+    def __init__(self, console: Console, start: int, batch_size: int, samples: int) -> None:
+        self.console, self.batch_size, self.samples = console, batch_size, samples
         self.step, self.since, self.waited = start, time.perf_counter(), 0.0
         self.seen = 0
-        self.skipped: list[str] = []
+        self.skipped: dict[str, None] = {}
 
-    def count_skipped(self, messages: list[str], limit: float) -> None:
-        """Count unreadable samples of this process; raise past the limit, naming the first."""
-        self.seen += self.batch_size // self.world
-        for message in messages:
-            if len(self.skipped) < 3:
-                self.console.print(f"[yellow]skipped[/] {message}")
-            self.skipped.append(message)
-        if len(self.skipped) > 10 + limit * self.seen:
+    def count_skipped(self, batches: list[Batch], limit: float) -> None:
+        """Count the samples that this process could not read, each once; raise past the limit, naming the first."""
+        self.seen += sum(len(batch) for batch in batches)
+        for message in (message for batch in batches for message in batch.skipped):
+            if message not in self.skipped and len(self.skipped) < 3:
+                self.console.print(f"[yellow]skipped[/] {message}", highlight=False, soft_wrap=True)
+            self.skipped[message] = None
+        seen = min(self.seen, self.samples)
+        if len(self.skipped) > 10 + limit * seen:
             raise M3Error(
-                f"{len(self.skipped)} of {self.seen} samples can't be read, more than data.max_unreadable = {limit} "
-                f"allows; the first: {self.skipped[0]}. Repair the data or raise the limit."
+                f"{len(self.skipped)} of {seen} samples can't be read, more than data.max_unreadable = {limit} allows; "
+                f"the first: {next(iter(self.skipped))}. Repair the data or raise the limit."
             )
 
     def line(self, step: int, values: dict[str, float], lr: float, norm: float) -> dict[str, Any]:

@@ -117,12 +117,13 @@ class TaskSpec(Strict):
         visible: what the encoder sees, as in `M3Model.reconstruct`; null: the recipe's masking. Only positions
             that the encoder did not see count.
         baseline: `neighbours`: mean of the visible tokens around; `constant`: the training mean or most
-            frequent class; `average_map`: the same, position by position.
+            frequent class; `average_map`: the same, position by position; `patch_mean`: the patch's own mean,
+            for a target of normalised patches, where it has error 1.
     """
 
     target: str
     visible: dict[str, float] | None = None
-    baseline: Literal["neighbours", "constant", "average_map"] = "constant"
+    baseline: Literal["neighbours", "constant", "average_map", "patch_mean"] = "constant"
 
 
 class EvaluateSpec(Strict):

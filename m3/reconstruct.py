@@ -23,7 +23,13 @@ def reconstruct_files(model_path: str, inputs: list[str], out: Path, visible: fl
             modality, everything that is given for a model of several.
         seed: of the masks.
     """
-    model = M3Model.from_pretrained(model_path).eval()
+    try:
+        model = M3Model.from_pretrained(model_path).eval()
+    except OSError as error:
+        raise M3Error(
+            f"there is no model in `{model_path}`: neither a folder that `m3 train` wrote (runs/NAME/model) nor a Hub "
+            f"id that can be reached ({str(error).splitlines()[0]})."
+        ) from error
     processor = M3Processor.from_pretrained(model_path)
     columns: dict[str, list[str]] = {}
     for entry in inputs:

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from m3.evaluate.reconstruction import Row, targets_of
+from m3.evaluate.reconstruction import Row, predictors, targets_of
 from m3.model import M3Model, Reconstruction
 from m3.types import Batch
 
@@ -17,6 +17,7 @@ BASELINES = {
     "neighbours": "mean of visible\nneighbours",
     "constant": "training mean or\ncommonest class",
     "average_map": "the same, position\nby position",
+    "patch_mean": "the hidden patch's\nown mean",
 }
 
 HIDDEN = 128
@@ -81,6 +82,7 @@ def metrics_table(rows: list[Row]) -> Table:
 def _pictures(model: M3Model, batch: Batch, result: Reconstruction, sample: int) -> dict[str, np.ndarray]:
     """Return column title -> picture of one sample."""
     modality_of = targets_of(model)
+    relative = {name: flag for predictor in predictors(model) for name, flag in predictor.is_relative.items()}
     pictures = {}
     for name, modality in model.modalities.items():
         truth, drawn, seen = None, np.zeros(0), np.zeros(0)
@@ -92,7 +94,8 @@ def _pictures(model: M3Model, batch: Batch, result: Reconstruction, sample: int)
         for target in (t for t, m in modality_of.items() if m == name and t in result.predicted):
             guess = modality.show(result.predicted[target][sample])
             # No loss asks for what was seen, so the prediction there means nothing: the truth is kept.
-            pictures[f"{target}: predicted"] = guess if truth is None else np.where(seen, drawn, guess)
+            note = " (true contrast)" if relative.get(target) else ""
+            pictures[f"{target}: predicted{note}"] = guess if truth is None else np.where(seen, drawn, guess)
         if truth is not None:
             pictures[f"{name}: truth"] = drawn
     return pictures

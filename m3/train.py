@@ -92,7 +92,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
     optimizer = make_optimizer(raw_model, spec)
     model, optimizer = accelerator.prepare(raw_model, optimizer)
     average = Average(raw_model, spec.ema) if spec.ema else None
-    network: nn.Module = torch.compile(model) if spec.compile else model
+    network: Any = torch.compile(model) if spec.compile else model
     describe(console, recipe, raw_model, plan, accelerator)
 
     # ------------------------------------------------------------------------------------ where to start
@@ -103,7 +103,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     order = Order(len(source), recipe.seed, plan.micro_batch, plan.accumulation, rank, world, start, plan.steps)
     batches = iter(train_loader(samples, order, recipe.data.workers))
-    clock = Clock(console, start, spec.batch_size, world)
+    clock = Clock(console, start, spec.batch_size, len(source))
     bar = tqdm(
         total=plan.steps,
         initial=start,
@@ -119,8 +119,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
         waited = time.perf_counter()
         micro_batches = [next(batches) for _ in range(plan.accumulation)]
         clock.waited += time.perf_counter() - waited
-        skipped = [message for batch in micro_batches for message in batch.skipped]
-        clock.count_skipped(skipped, recipe.data.max_unreadable)
+        clock.count_skipped(micro_batches, recipe.data.max_unreadable)
         prepared = [raw_model.prepare(batch.to(device)) for batch in micro_batches]
 
         for group in optimizer.param_groups:
@@ -136,7 +135,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
         # ------------------------------------------------------------------------ report, save, evaluate
         done = step + 1
         if done % spec.log_every == 0 or done == plan.steps:
-            values = (accelerator.reduce(sums, "sum") / counts.clamp(min=1)).tolist()
+            values = (add_over_processes(accelerator, sums) / counts.clamp(min=1)).tolist()
             values = dict(zip(raw_model.part_names, values, strict=True))
             line = clock.line(done, values, learning_rate(step, plan), float(norm))
             accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
@@ -188,7 +187,7 @@ def gradients(
     """
     each = [model.counts(micro) for micro in prepared]
     own = torch.stack([torch.stack([counts[name].float() for name in model.part_names]) for counts in each]).sum(0)
-    total = accelerator.reduce(own, "sum")
+    total = add_over_processes(accelerator, own)
     counts = dict(zip(model.part_names, total, strict=True))
     sums = torch.zeros_like(total)
     for turn, micro in enumerate(prepared):
@@ -200,6 +199,11 @@ def gradients(
             accelerator.backward(parts.total(counts) * accelerator.num_processes)
         sums += torch.stack([parts.parts[name].sum.detach().float() for name in model.part_names])
     return sums, total
+
+
+def add_over_processes(accelerator: Accelerator, x: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes."""
+    return accelerator.reduce(x, "sum")  # type: ignore[return-value]  # a tensor comes back as a tensor
 
 
 def describe(console: Console, recipe: Recipe, model: M3Model, plan: Plan, accelerator: Accelerator) -> None:
@@ -304,7 +308,7 @@ def finish(
     if rows:
         console.print(metrics_table(rows))
     if clock.skipped:
-        console.print(f"[yellow]{len(clock.skipped)} unreadable samples were skipped[/]; first: {clock.skipped[0]}")
+        console.print(f"[yellow]{len(clock.skipped)} unreadable samples were skipped[/]: {next(iter(clock.skipped))}")
     console.print(f"Picture: {run / 'preview.png'}    metrics: {run / 'metrics.jsonl'}\nLoad it:")
     console.print(
         f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{run / "model"}")\n'

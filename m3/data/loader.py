@@ -55,7 +55,7 @@ class Samples(Dataset[Loaded]):
                 sample = self.source.read(number)
                 return Loaded(self._fit(sample, position), position, sample.id, sample.labels, tuple(skipped))
             except Exception as error:  # whatever a broken file raises; it is counted, named and limited
-                skipped.append(f"{self.source.name(number)}: {type(error).__name__}: {error}")
+                skipped.append(f"{self.source.name(number)}: {error}")
         raise M3Error(f"{TRIES} samples in a row can't be read; the first: {skipped[0]}")
 
     def _fit(self, sample: Sample, position: int) -> dict[str, Tensor]:

@@ -84,6 +84,12 @@ def measure(
                 f"evaluate.tasks.{name}.target: the model predicts no `{task.target}`."
                 f"{nearest(task.target, modality_of)}"
             )
+        is_relative = any(predictor.is_relative.get(task.target) for predictor in predictors(model))
+        if is_relative != (task.baseline == "patch_mean"):
+            raise M3Error(
+                f"evaluate.tasks.{name}.baseline: `{task.baseline}` can't be compared with target `{task.target}`; use "
+                f"`patch_mean` for targets of normalised patches, and only for them."
+            )
     sums: dict[str, list[Tensor]] = {}
     for batch in batches:
         batch = batch.to(model.device)
@@ -95,18 +101,23 @@ def measure(
     rows = []
     for name, (own, theirs) in sums.items():
         modality = model.modalities[modality_of[tasks[name].target]]
+        if tasks[name].baseline == "patch_mean":
+            scores = (float(own[0] / own[1]), float(theirs[0] / theirs[1]))
+            rows.append(Row(name, "MSE, normalised patches", *scores, "patch_mean", higher_is_better=False))
+            continue
         scores = (modality.finish_score(own), modality.finish_score(theirs))
         rows.append(Row(name, modality.measure, *scores, tasks[name].baseline, modality.higher_is_better))
     return rows
 
 
+def predictors(model: M3Model) -> list[Predictor]:
+    """Return the objectives that predict signals."""
+    return [objective for objective in model.objectives.values() if isinstance(objective, Predictor)]
+
+
 def targets_of(model: M3Model) -> dict[str, str]:
     """Return target -> modality over all objectives that predict signals."""
-    found: dict[str, str] = {}
-    for objective in model.objectives.values():
-        if isinstance(objective, Predictor):
-            found |= objective.modality_of
-    return found
+    return {name: modality for predictor in predictors(model) for name, modality in predictor.modality_of.items()}
 
 
 def _score(
@@ -121,12 +132,31 @@ def _score(
     weight = torch.ones(len(batch), *size, device=truth.device) if seen is None else (~seen).float()
     if name in batch.is_present:
         weight = weight * batch.is_present[name].view(-1, *[1] * len(size))
+    if task.baseline == "patch_mean":
+        return _relative_errors(model, task.target, truth, weight, result)
     if task.baseline == "neighbours":
         guess = neighbours(model, batch, name, result)
     else:
         guess = constant(averages[name], modality.signal.kind, by_position=task.baseline == "average_map")
         guess = guess.expand_as(truth)
     return modality.score(result.predicted[task.target], truth, weight), modality.score(guess, truth, weight)
+
+
+def _relative_errors(
+    model: M3Model, target: str, truth: Tensor, weight: Tensor, result: Reconstruction
+) -> tuple[Tensor, Tensor]:
+    """Sum squared errors of normalised patches, and of 0 (the patch's mean) in their place, with their number."""
+    predictor = next(p for p in predictors(model) if target in p.modality_of)
+    tokenizer = model.tokenizers[predictor.modality_of[target]]
+    tokens = tokenizer.tokenize(truth)  # type: ignore[operator]  # ModuleDict forgets the class of its values
+    channels = model.modalities[predictor.modality_of[target]].signal.channels
+    spread = weight.unsqueeze(1).expand(-1, channels, *weight.shape[1:])
+    asked = tokenizer.tokenize(spread).values.mean(-1)  # type: ignore[operator]
+    wanted = predictor.truth(target, tokens)
+    own = (result.output[target].float() - wanted).square().mean(-1)
+    theirs = wanted.square().mean(-1)
+    count = asked.sum()
+    return torch.stack([(own * asked).sum(), count]).double(), torch.stack([(theirs * asked).sum(), count]).double()
 
 
 def constant(average: Tensor, kind: str, by_position: bool) -> Tensor:

@@ -83,6 +83,7 @@ class Reconstruct(Predictor):
             self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
             _check_loss(name, target.loss, tokenizer)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
+        self.is_relative = {name: provider.spec.normalise for name, provider in self.providers.items()}
         self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
         self.has_gaps = {name: tokenizers[m].signal.has_gaps for name, m in self.modality_of.items()}
 
@@ -132,6 +133,11 @@ class Reconstruct(Predictor):
     def restore(self, name: str, output: Tensor, tokens: Tokens) -> Tensor:
         """Undo the normalisation of target `name`, for pictures (B, N, output width)."""
         return self.providers[name].restore(output, tokens)
+
+    def truth(self, name: str, tokens: Tokens) -> Tensor:
+        """Return what target `name` is compared with, for all tokens (B, N, P)."""
+        everything = torch.arange(tokens.count, device=tokens.values.device)
+        return self.providers[name](tokens, everything.expand(len(tokens.values), -1))
 
     def _targets(self, plan: MaskPlan, tokens: dict[str, Tokens], modality: str) -> tuple[Tensor, Tensor | None]:
         """Return target indices (B, T) and which of them count; a modality that is no input is predicted whole."""
