@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from rich.console import Console
 from safetensors.torch import load_file, save_file
@@ -73,6 +74,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
     """
     # ---------------------------------------------------------------------------------------- processes
     spec, run = recipe.train, recipe.folder
+    AcceleratorState._reset_state()  # a second run in one Python process may want another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if use_bf16(spec.precision) else "no",
         log_with=list(spec.trackers) or None,
