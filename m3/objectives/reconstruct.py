@@ -93,9 +93,7 @@ class Reconstruct(Predictor):
         parts = {}
         for number, (name, target) in enumerate(self.spec.targets.items()):
             modality = self.modality_of[name]
-            if modality not in tokens:
-                raise M3Error(f"the batch has no `{modality}`, which target `{name}` needs; add it to the data.")
-            index, is_target = self._targets(view.plan, tokens, modality)
+            index, is_target = self._targets(name, view.plan, tokens)
             predicted = self.predict(name, view, tokens, index)
             truth = self.providers[name](tokens[modality], index)
             weights = _weights(truth, is_target, self.has_gaps[name])
@@ -117,7 +115,7 @@ class Reconstruct(Predictor):
         counts = {}
         for name in self.spec.targets:
             modality = self.modality_of[name]
-            index, is_target = self._targets(plans[self.view], tokens, modality)
+            index, is_target = self._targets(name, plans[self.view], tokens)
             truth = self.providers[name](tokens[modality], index)
             weights = _weights(truth, is_target, self.has_gaps[name])
             counts[name] = reduce(torch.zeros_like(truth, dtype=torch.float32), weights, self.spec.average)[1]
@@ -139,8 +137,11 @@ class Reconstruct(Predictor):
         everything = torch.arange(tokens.count, device=tokens.values.device)
         return self.providers[name](tokens, everything.expand(len(tokens.values), -1))
 
-    def _targets(self, plan: MaskPlan, tokens: dict[str, Tokens], modality: str) -> tuple[Tensor, Tensor | None]:
+    def _targets(self, name: str, plan: MaskPlan, tokens: dict[str, Tokens]) -> tuple[Tensor, Tensor | None]:
         """Return target indices (B, T) and which of them count; a modality that is no input is predicted whole."""
+        modality = self.modality_of[name]
+        if modality not in tokens:
+            raise M3Error(f"the batch has no `{modality}`, which target `{name}` needs; add it to the data.")
         if modality in plan.target:
             return plan.target[modality], plan.is_target.get(modality)
         part = tokens[modality]

@@ -370,3 +370,11 @@ def test_truncated_standardise_of_flat_and_empty_maps():
     found = truncated_standardise(maps)
     assert (found[0] == 0).all()
     assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("known", [[2.5], [1.0, 3.0]], ids=["one", "two"])
+def test_truncated_standardise_of_one_or_two_known_values_stays_small(known):
+    """Too few values for a variance: they must not become targets of a thousand deviations."""
+    maps = torch.full((1, 4, 5), torch.nan)
+    maps[0, 0, : len(known)] = torch.tensor(known)
+    assert truncated_standardise(maps).nan_to_num(0.0).abs().max() < 10

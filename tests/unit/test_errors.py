@@ -54,11 +54,23 @@ def test_wrong_recipes_are_refused_before_any_work(override: str, sentence: str)
     ("override", "sentence"),
     [
         ("modalities.image.sizee=64", r"modalities.image.sizee: unknown key. Did you mean `size`\?"),
-        ("modalities.image.type=imag", r"modalities.image.type: `imag` in `modalities` is not known.*Did you mean `image`\?"),
-        ("modalities.image.type=nowhere_pkg.lidar:Lidar", "plugin `nowhere_pkg.lidar:Lidar` .* failed to load: ModuleNotFound"),
+        (
+            "modalities.image.type=imag",
+            r"modalities.image.type: `imag` in `modalities` is not known.*Did you mean `image`\?",
+        ),
+        (
+            "modalities.image.type=nowhere_pkg.lidar:Lidar",
+            "plugin `nowhere_pkg.lidar:Lidar` .* failed to load: ModuleNotFound",
+        ),
         ("modalities.image.tokenizer.size=7", "size 64 x 64 is not a multiple of the patch 7 x 7"),
-        ("objectives.reconstruct.targets.depth.loss=l1", "targets.depth names `depth`, which is no modality of the recipe"),
-        ("objectives.reconstruct.targets.image.loss=cross_entropy", "holds values, which loss `cross_entropy` can't compare"),
+        (
+            "objectives.reconstruct.targets.depth.loss=l1",
+            "targets.depth names `depth`, which is no modality of the recipe",
+        ),
+        (
+            "objectives.reconstruct.targets.image.loss=cross_entropy",
+            "holds values, which loss `cross_entropy` can't compare",
+        ),
         ("objectives.reconstruct.masking.visible=1.5", "masking.visible: "),
         ("objectives.reconstruct.decoder.type=self_decoderr", r"Did you mean `self_decoder`\?"),
     ],
@@ -151,7 +163,9 @@ def test_a_folder_that_lacks_a_modality(tmp_path: Path) -> None:
 
 def test_a_label_outside_the_classes_is_named(tmp_path: Path) -> None:
     recipe = load_recipe("multimae_tiny")
-    with pytest.raises(M3Error, match="holds class 9, but `classes` is 6; raise `classes` or name the id .* with `ignore`"):
+    with pytest.raises(
+        M3Error, match="holds class 9, but `classes` is 6; raise `classes` or name the id .* with `ignore`"
+    ):
         build_model(recipe).modalities["semantic"].to_raw(np.full((4, 4), 9))
 
 

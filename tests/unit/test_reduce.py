@@ -284,3 +284,19 @@ def test_a_target_that_the_batch_does_not_hold_is_named(call):
     prepared = prepare(model, batch)
     with pytest.raises(M3Error, match="the batch has no `depth`, which target `depth` needs"):
         model(prepared) if call == "forward" else model.counts(prepared)
+
+
+@pytest.mark.parametrize("filling", [7.5, math.nan], ids=["noise", "NaN"])
+def test_what_a_missing_modality_holds_changes_nothing(filling):
+    """A missing modality is a state of its own: whatever stands in its raw tensor is never read."""
+    settings = build_model().config
+    depth = {key: value for key, value in settings.modalities["depth"].items() if key != "missing"}  # no holes
+    modalities = {**settings.modalities, "depth": depth}
+    config = M3Config(modalities=modalities, backbone=settings.backbone, objectives=settings.objectives)
+    torch.manual_seed(4)
+    model, batch = M3Model(config), make_batch(4)
+    batch.signals["depth"] = 1 + torch.arange(4 * 256).reshape(4, 16, 16).remainder(37) / 5
+    expected = model(batch).loss.item()
+    for values in (torch.arange(256.0).reshape(16, 16) % 11 * filling, torch.full((16, 16), filling)):
+        batch.signals["depth"][~batch.is_present["depth"]] = values
+        assert model(batch).loss.item() == pytest.approx(expected, rel=1e-6)

@@ -240,7 +240,7 @@ def _object_colour(thing: Object, points: np.ndarray) -> np.ndarray:
     if thing.texture == "plain":
         tone = np.ones_like(z)
     else:
-        bands = np.floor(z * 4)
+        bands = np.clip(np.floor(z * 4), 0, 3)  # a flat top lies where a fifth band would begin
         if thing.texture == "checker":
             angle = np.arctan2(points[:, 1] - thing.y, points[:, 0] - thing.x) - thing.yaw
             bands = bands + np.floor(angle / (np.pi / 4))

@@ -19,6 +19,8 @@ class WorldSource:
 
     SIGNALS = ("image", "depth", "semantic_map", "text")
     CLASS_NAMES = ("sky", "ground", *SHAPES)
+    PALETTE = ((140, 190, 240), (110, 110, 110), (220, 50, 50), (50, 180, 70), (60, 90, 230), (240, 200, 40))
+    """RGB in 0 ... 255 to paint each class of a semantic map with; it says nothing of the colours of the objects."""
     LABEL_NAMES: ClassVar[dict[str, tuple[str, ...]]] = {
         "shape": SHAPES,
         "color": tuple(COLOURS),
