@@ -146,7 +146,8 @@ class M3Model(PreTrainedModel):
             if name in batch.is_present:
                 there = batch.is_present[name].unsqueeze(1).expand(-1, part.count)
                 is_valid = there if part.is_valid is None else there & part.is_valid
-                part = Tokens(part.values, part.positions, is_valid)
+                # What stands in for an absent signal must not matter, not even if it is NaN.
+                part = Tokens(part.values.masked_fill(~there.unsqueeze(-1), 0), part.positions, is_valid)
             tokens[name] = part
         return {name: tokens[name] for name in self.modalities if name in tokens}
 

@@ -14,10 +14,10 @@ from m3.model import M3Model, Reconstruction
 from m3.types import Batch
 
 BASELINES = {
-    "neighbours": "mean of visible\nneighbours",
-    "constant": "training mean or\ncommonest class",
-    "average_map": "the same, position\nby position",
-    "patch_mean": "the hidden patch's\nown mean",
+    "neighbours": "neighbours: mean of the visible patches around a hidden one",
+    "constant": "constant: the training mean, or the most frequent class",
+    "average_map": "average map: the training mean or most frequent class of each position",
+    "patch_mean": "patch mean: the hidden patch's own mean",
 }
 
 HIDDEN = 128
@@ -64,18 +64,16 @@ def draw(rows: list[tuple[str, dict[str, np.ndarray]]], path: Path) -> None:
 
 
 def metrics_table(rows: list[Row]) -> Table:
-    """Make the table model, baseline, difference."""
-    table = Table(title="Held-out samples", title_justify="left")
-    table.add_column("task")
-    table.add_column("measure")
-    for column in ("model", "baseline", "difference"):
-        table.add_column(column, justify="right")
-    table.add_column("baseline is")
+    """Make the table model, baseline, difference; an arrow tells which direction is better."""
+    used = dict.fromkeys(row.baseline_name for row in rows)
+    table = Table(title="Held-out samples", title_justify="left", caption_justify="left", caption_style="")
+    table.caption = "Baselines: " + "\n".join(BASELINES[name] for name in used)
+    for column in ("task", "measure", "model", "baseline", "difference", ""):
+        table.add_column(column, justify="right" if column in ("model", "baseline", "difference") else "left")
     for row in rows:
-        better = "higher" if row.higher_is_better else "lower"
-        colour = "green" if row.is_won else "red"
+        arrow, colour = ("\u2191" if row.higher_is_better else "\u2193"), ("green" if row.is_won else "red")
         numbers = (f"{row.model:.3f}", f"{row.baseline:.3f}", f"[{colour}]{row.model - row.baseline:+.3f}[/]")
-        table.add_row(row.task, f"{row.measure}\n{better} is better", *numbers, BASELINES[row.baseline_name])
+        table.add_row(row.task, f"{row.measure} {arrow}", *numbers, row.baseline_name.replace("_", " "))
     return table
 
 

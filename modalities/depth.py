@@ -43,7 +43,7 @@ class Depth(Modality):
         std: float = 1.0
 
     extensions = (".png", ".tif", ".tiff", ".npy")
-    measure = "L1, deviations"
+    measure = "L1 error"
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
@@ -129,6 +129,8 @@ def truncated_standardise(depth: Tensor, cut: float = 0.1, eps: float = 1e-6) ->
     n = (~flat.isnan()).sum(1, keepdim=True)
     place = torch.arange(flat.shape[1], device=flat.device)
     is_middle = (place >= (n * cut).floor()) & (place < (n * (1 - cut)).floor())
+    # A map with so few known positions that less than two are left uses them all.
+    is_middle = torch.where(is_middle.sum(1, keepdim=True) < 2, place < n, is_middle)
     count = is_middle.sum(1, keepdim=True)
     middle = ordered.nan_to_num(0.0) * is_middle
     mean = middle.sum(1, keepdim=True) / count.clamp(min=1)

@@ -42,7 +42,7 @@ class Image(Modality):
         std: tuple[float, ...] | None = None
 
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-    measure = "PSNR, dB"
+    measure = "PSNR dB"
     higher_is_better = True
 
     def __init__(self, spec: Spec) -> None:

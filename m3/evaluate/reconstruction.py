@@ -103,7 +103,7 @@ def measure(
         modality = model.modalities[modality_of[tasks[name].target]]
         if tasks[name].baseline == "patch_mean":
             scores = (float(own[0] / own[1]), float(theirs[0] / theirs[1]))
-            rows.append(Row(name, "MSE, normalised patches", *scores, "patch_mean", higher_is_better=False))
+            rows.append(Row(name, "MSE of patches", *scores, "patch_mean", higher_is_better=False))
             continue
         scores = (modality.finish_score(own), modality.finish_score(theirs))
         rows.append(Row(name, modality.measure, *scores, tasks[name].baseline, modality.higher_is_better))

@@ -1,9 +1,10 @@
-"""MAE written a second time, token by token from the paper's description, gives the model's loss and gradients."""
+"""MAE written a second time, token by token from the paper's description, and transformers' ViTMAE: the same losses."""
 
 import math
 
 import pytest
 import torch
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from m3 import masking
 from m3.config import M3Config
@@ -213,3 +214,96 @@ def test_whole_prediction_equals_the_loops():
         seen = is_visible["image"][sample].nonzero().flatten().tolist()
         expected = torch.stack(Slow(model).predict(batch.signals["image"][sample], seen))
         torch.testing.assert_close(found[sample], expected, rtol=1e-6, atol=1e-6)
+
+
+# -- transformers ---------------------------------------------------------------------------------------------
+
+
+def build_theirs(normalise: bool) -> ViTMAEForPreTraining:
+    config = ViTMAEConfig(
+        image_size=4 * PATCH,
+        patch_size=PATCH,
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        decoder_hidden_size=DECODER_WIDTH,
+        decoder_num_hidden_layers=DECODER_DEPTH,
+        decoder_num_attention_heads=DECODER_HEADS,
+        decoder_intermediate_size=4 * DECODER_WIDTH,
+        layer_norm_eps=1e-6,
+        mask_ratio=0.75,
+        norm_pix_loss=normalise,
+    )
+    return ViTMAEForPreTraining(config).double().eval()
+
+
+def copy_block(state: dict[str, torch.Tensor], theirs: torch.nn.Module, name: str) -> None:
+    own = theirs.state_dict()
+    for kind in ("weight", "bias"):
+        q, k, v = (own[f"attention.{x}_proj.{kind}"] for x in "qkv")
+        state[f"{name}.attention.qkv.{kind}"] = torch.cat([q, k, v])
+        state[f"{name}.attention.projection.{kind}"] = own[f"attention.o_proj.{kind}"]
+        state[f"{name}.norm1.{kind}"] = own[f"layernorm_before.{kind}"]
+        state[f"{name}.norm2.{kind}"] = own[f"layernorm_after.{kind}"]
+        state[f"{name}.mlp.fc1.{kind}"] = own[f"mlp.fc1.{kind}"]
+        state[f"{name}.mlp.fc2.{kind}"] = own[f"mlp.fc2.{kind}"]
+
+
+def copied_state(theirs: ViTMAEForPreTraining) -> dict[str, torch.Tensor]:
+    vit, decoder, d = theirs.vit, theirs.decoder, "objectives.reconstruct.decoders.image"
+    projection = vit.embeddings.patch_embeddings.projection
+    # They predict (row, column, channel), M3 (channel, row, column).
+    order = torch.arange(PATCH * PATCH * 3).reshape(PATCH, PATCH, 3).permute(2, 0, 1).flatten()
+    state = {
+        "tokenizers.image.projection.weight": projection.weight.flatten(1),
+        "tokenizers.image.projection.bias": projection.bias,
+        "backbone.prefix": vit.embeddings.cls_token[0],
+        f"{d}.mask_token": decoder.mask_token[0],
+        f"{d}.output.weight": decoder.decoder_pred.weight[order],
+        f"{d}.output.bias": decoder.decoder_pred.bias[order],
+    }
+    for kind in ("weight", "bias"):
+        state[f"backbone.norm.{kind}"] = getattr(vit.layernorm, kind)
+        state[f"{d}.embed.{kind}"] = getattr(decoder.decoder_embed, kind)
+        state[f"{d}.norm.{kind}"] = getattr(decoder.decoder_norm, kind)
+    for number, block in enumerate(vit.layers):
+        copy_block(state, block, f"backbone.blocks.{number}")
+    for number, block in enumerate(decoder.decoder_layers):
+        copy_block(state, block, f"{d}.blocks.{number}")
+    return state
+
+
+def mae_positions(model: M3Model, width: int) -> torch.Tensor:
+    """(1, 1 + 16, D): a row of zeros for the class token, then a 4 x 4 grid."""
+    slow = Slow(model)  # its grid has 4 columns, as here
+    table = torch.stack([slow.position(number, width) for number in range(16)])
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), table]).unsqueeze(0)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+def test_loss_equals_that_of_transformers(normalise):
+    theirs = build_theirs(normalise)
+    generator = torch.Generator().manual_seed(17)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            is_scale = "norm" in name and name.endswith("weight")
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.copy_(noise * p.shape[-1] ** -0.5 + is_scale)
+    ours = build_model(normalise)
+    with torch.no_grad():
+        theirs.vit.embeddings.position_embeddings.copy_(mae_positions(ours, WIDTH))
+        theirs.decoder.decoder_pos_embed.copy_(mae_positions(ours, DECODER_WIDTH))
+    ours.tokenizers["image"].reference = (4, 4)  # built for 3 x 4 patches
+    ours.load_state_dict(copied_state(theirs))
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    prepared = ours.prepare(Batch({"image": pixels}, keys=torch.arange(3) + 8))
+    (plan,) = prepared.plans.values()
+    noise = torch.arange(16, dtype=torch.float64).expand(3, -1) + 100
+    noise = noise.scatter(1, plan.visible["image"], plan.visible["image"].double())
+    signal = ours.modalities["image"].normalise(pixels).double()
+    with torch.no_grad():
+        expected = theirs(signal, noise=noise)
+        found = ours(Prepared(in_double(prepared.tokens), prepared.plans))
+    assert expected.mask.sum(1).tolist() == [12, 12, 12]
+    torch.testing.assert_close(found.loss.double(), expected.loss, rtol=2e-6, atol=0)

@@ -93,7 +93,7 @@ def test_the_command_prints_one_sentence_and_exits_with_2(capsys: pytest.Capture
 def test_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(M3Error, match=r"data.root: the folder .*/absent does not exist; check the path"):
         train(folder_recipe(tmp_path / "absent"))
-    with pytest.raises(M3Error, match="data.root: this key is required for source `folder`"):
+    with pytest.raises(M3Error, match=r"data.root: this key is required for source `folder`"):
         train(load_recipe("mae_tiny", ["data.source=folder", *TINY]))
 
 
@@ -149,7 +149,9 @@ def test_aligned_folders_train_and_a_mismatched_pair_is_named(tmp_path: Path) ->
     recipe = load_recipe("multimae_tiny", [*overrides, "data.crop=[0.5, 1.0]", "data.flip=0.5", "data.held_out=1"])
     train(recipe)
     (root / "depth" / "004.png").rename(root / "depth" / "four.png")
-    with pytest.raises(M3Error, match="`four` is in `depth` but not in `image`|`004` is in `image` but not in `depth`"):
+    with pytest.raises(
+        M3Error, match=r"`four` is in `depth` but not in `image`|`004` is in `image` but not in `depth`"
+    ):
         train(recipe)
 
 
@@ -163,9 +165,7 @@ def test_a_folder_that_lacks_a_modality(tmp_path: Path) -> None:
 
 def test_a_label_outside_the_classes_is_named(tmp_path: Path) -> None:
     recipe = load_recipe("multimae_tiny")
-    with pytest.raises(
-        M3Error, match="holds class 9, but `classes` is 6; raise `classes` or name the id .* with `ignore`"
-    ):
+    with pytest.raises(M3Error, match=r"holds class 9, but `classes` is 6; raise .* `ignore`"):
         build_model(recipe).modalities["semantic"].to_raw(np.full((4, 4), 9))
 
 
@@ -192,7 +192,7 @@ def test_a_model_with_a_missing_plugin_says_which(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     config = tmp_path / "model" / "config.json"
     config.write_text(config.read_text().replace('"type": "image"', '"type": "lidar_pkg.lidar:Lidar"'))
-    with pytest.raises(M3Error, match="plugin `lidar_pkg.lidar:Lidar` in `modalities` failed to load.*`lidar_pkg`"):
+    with pytest.raises(M3Error, match=r"plugin `lidar_pkg.lidar:Lidar` in `modalities` failed to load.*`lidar_pkg`"):
         M3Model.from_pretrained(tmp_path / "model")
 
 
