@@ -30,11 +30,9 @@ from m3.train import build_model, open_source, use_bf16
 
 MATMUL = 2048
 WARM_UP = 2
-ROUNDS = 3
-"""Each peer is measured this often, in turn, so that a slow minute of the machine hits both."""
 
 
-def bench(recipe: Recipe, against: str | None, as_json: bool, steps: int) -> dict[str, Any]:
+def bench(recipe: Recipe, against: str | None, as_json: bool, steps: int, rounds: int) -> dict[str, Any]:
     """Measure a recipe, print a table or JSON, and return the figures.
 
     Args:
@@ -42,18 +40,22 @@ def bench(recipe: Recipe, against: str | None, as_json: bool, steps: int) -> dic
         against: `transformers`: measure ViTMAEForPreTraining of the same shape in the same run.
         as_json: print JSON instead of a table.
         steps: timed steps of each round; the median counts.
+        rounds: how often everybody is measured, in turn, so that a slow minute of the machine hits all.
     """
-    peers: dict[str, Callable[..., dict[str, float]]] = {"m3": _measure_ours}
+    peers: dict[str, tuple[Callable[..., dict[str, float]], Recipe]] = {"m3": (_measure_ours, recipe)}
     if against:
         _check_is_mae(recipe)
-        peers[against] = _measure_transformers
-    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in peers}
-    for _ in range(ROUNDS if against else 1):
-        for name, work in peers.items():
+        eager = recipe.train.model_copy(update={"compile": False})
+        peers[against] = (_measure_transformers, recipe.model_copy(update={"train": eager}))
+        if recipe.train.compile:
+            peers[f"{against} compiled"] = (_measure_transformers, recipe)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in peers}
+    for _ in range(rounds):
+        for name, (work, its_recipe) in peers.items():
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                rounds[name].append(pool.submit(work, recipe, steps).result())
+                found[name].append(pool.submit(work, its_recipe, steps).result())
     flops = cost(meta_model(recipe)).train_flops
-    figures = {name: _figures(found, flops) for name, found in rounds.items()}
+    figures = {name: _figures(measured, flops) for name, measured in found.items()}
     result = {"recipe": recipe.name, **_settings(recipe), "train_flops_per_sample": flops, "peers": figures}
     if against:
         result["speed_ratio"] = figures["m3"]["samples_per_second"] / figures[against]["samples_per_second"]
@@ -226,12 +228,12 @@ def _print(result: dict[str, Any], against: str | None) -> None:
         f"{result['train_flops_per_sample'] / 1e9:.2f} GFLOP per sample and step"
     )
     table = Table()
-    for column in ("", "samples/s", "model TFLOP/s", "matmul TFLOP/s", "utilisation", "peak memory MiB"):
-        table.add_column(column, justify="right" if column else "left")
+    for column in ("", "samples/s", "TFLOP/s", "matmul", "utilisation", "peak MiB"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, f in result["peers"].items():
         numbers = (f"{f['samples_per_second']:.2f}", f"{f['tflops']:.3f}", f"{f['matmul_tflops']:.3f}")
         table.add_row(name, *numbers, f"{f['utilisation']:.1%}", f"{f['peak_memory_mib']:.0f}")
     console.print(table)
     if against:
-        console.print(f"m3 is {result['speed_ratio']:.3f} times as fast as {against}")
+        console.print(f"m3 is {result['speed_ratio']:.3f} times as fast as {against} (eager)")
     console.print(f"data: {result['data_samples_per_second']:.0f} samples/s read by one process")

@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--against", choices=["transformers"], help="measure this peer in the same run")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--steps", type=int, default=5, help="timed steps, the median counts (default 5)")
+    command.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn (default 3)")
     command = add("reconstruct", _reconstruct, "draw what a model predicts for files", recipe=False)
     command.add_argument("model", help="model folder or Hub id")
     command.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or modality=file for models of several")
@@ -83,7 +84,7 @@ def _bench(options: argparse.Namespace) -> None:
     from m3.bench import bench
     from m3.recipe import load_recipe
 
-    bench(load_recipe(options.recipe, options.overrides), options.against, options.json, options.steps)
+    bench(load_recipe(options.recipe, options.overrides), options.against, options.json, options.steps, options.rounds)
 
 
 def _reconstruct(options: argparse.Namespace) -> None:

@@ -85,7 +85,7 @@ class Depth(Modality):
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
         """Crop and resize (nearest: depths across an edge must not be mixed) to `size`."""
-        return fit_map(raw.unsqueeze(0), self.size, crop, "nearest").squeeze(0)
+        return fit_map(raw.unsqueeze(0), self.size, crop, "nearest-exact").squeeze(0)
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn (B, H, W) metres into (B, 1, H, W) float32 around 0."""

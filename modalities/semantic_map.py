@@ -80,7 +80,7 @@ class SemanticMap(Modality):
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
         """Crop and resize (nearest) to `size`."""
-        return fit_map(raw.unsqueeze(0), self.size, crop, "nearest").squeeze(0)
+        return fit_map(raw.unsqueeze(0), self.size, crop, "nearest-exact").squeeze(0)
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn stored ids (B, H, W) into int64 class ids, -1 where unknown."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from m3.errors import M3Error
 from m3.plugins import Crop
 
-Interpolation = Literal["bicubic", "nearest"]
+Interpolation = Literal["bicubic", "nearest-exact"]
 
 
 def random_crop(key: int, scale: tuple[float, float] | None, flip: float, size: tuple[int, int]) -> Crop:
@@ -43,7 +43,8 @@ def fit_map(x: Tensor, size: tuple[int, int], crop: Crop, interpolation: Interpo
         x: the map.
         size: (height, width) of the result.
         crop: which part, mirrored or not.
-        interpolation: `bicubic` with antialiasing, or `nearest` where values must not be mixed.
+        interpolation: `bicubic` with antialiasing, or `nearest-exact` where values must not be
+            mixed; both measure from pixel centres, so maps stay aligned.
     """
     height, width = x.shape[1:]
     if crop == Crop() and (height, width) == size:
