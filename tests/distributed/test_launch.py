@@ -1,0 +1,36 @@
+"""`accelerate launch -m m3.train` from the command line, on one and on two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SMALL = ["backbone.width=48", "backbone.depth=2", "backbone.heads=4", "data.workers=0", "data.held_out=8"]
+SMALL += ["train.steps=3", "train.batch_size=8", "train.warmup=1", "train.log_every=1", "train.trackers=[]"]
+SMALL += ["train.precision=fp32", "train.ema=0.9", "evaluate.every=2", "evaluate.samples=8", "data.samples=64"]
+
+
+def launch(out: Path, processes: int) -> list[dict]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command += ["-m", "m3.train", "multimae_tiny", f"out={out}", *SMALL]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_one_and_two_processes_train_alike(tmp_path: Path) -> None:
+    one, two = launch(tmp_path / "one", 1), launch(tmp_path / "two", 2)
+    assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 2, 3, 3]
+    for a, b in zip(one, two, strict=True):
+        for name in (key for key in a if key.startswith(("reconstruct/", "held_out/"))):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
+    for run in ("one", "two"):
+        for name in ("model/model.safetensors", "model_ema/model.safetensors", "recipe.yaml", "preview.png"):
+            assert (tmp_path / run / name).is_file(), name
+        assert (tmp_path / run / "previews" / "step-00000002.png").is_file()
