@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m3.errors import M3Error
 from m3.types import take
 
 
@@ -71,12 +72,18 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1)
 
 
+def _check_heads(width: int, heads: int) -> int:
+    if width % heads:
+        raise M3Error(f"width {width} is not divisible by heads {heads}; change one of them.")
+    return heads
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values, in this order."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = _check_heads(width, heads)
         self.qkv = nn.Linear(width, 3 * width)
         self.projection = nn.Linear(width, width)
 
@@ -108,7 +115,7 @@ class CrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = _check_heads(width, heads)
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.projection = nn.Linear(width, width)

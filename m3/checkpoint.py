@@ -79,6 +79,10 @@ def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: 
 
 def _first_difference(saved: Any, wanted: Any, path: str) -> str | None:
     if isinstance(saved, dict) and isinstance(wanted, dict):
+        # Named parts (modalities, objectives, targets) are numbered in their order: tokens, shares, optimizer state.
+        are_parts = all(isinstance(part, dict) for part in saved.values())
+        if are_parts and list(saved) != list(wanted) and set(saved) == set(wanted):
+            return f"`{path}` are in the order {', '.join(saved)} there and {', '.join(wanted)} here"
         for key in [*saved, *(k for k in wanted if k not in saved)]:
             inner = f"{path}.{key}".strip(".")
             difference = _first_difference(saved.get(key), wanted.get(key), inner)

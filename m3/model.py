@@ -20,7 +20,7 @@ from m3.backbone import Backbone, BackboneSpec
 from m3.config import M3Config
 from m3.errors import M3Error, explain, nearest
 from m3.plugins import Modality, Objective, Predictor, Tokenizer, View, build_spec
-from m3.positions import embed_positions
+from m3.positions import check_width, embed_positions
 from m3.random import Draws
 from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens, take
 
@@ -100,6 +100,7 @@ class M3Model(PreTrainedModel):
                 raise M3Error(f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`.")
             part, settings = build_spec("tokenizers", config.modalities[name]["tokenizer"], where)
             self.tokenizers[name] = part(settings, modality.signal, spec.width)
+            check_width(spec.width, part.axes)
         self.modality_embeddings = nn.ParameterDict()
         if spec.modality_embedding:
             for name in self.modalities:

@@ -246,7 +246,7 @@ def find(kind: str, name: str) -> type:
     if ":" in name:
         return _import(kind, name, name)
     home = HOMES[kind]
-    if importlib.util.find_spec(f"{home}.{name}" if _is_package(home) else home):
+    if name.isidentifier() and importlib.util.find_spec(f"{home}.{name}" if _is_package(home) else home):
         module = importlib.import_module(f"{home}.{name}" if _is_package(home) else home)
         found = getattr(module, class_name(name), None)
         if found is not None:
@@ -307,11 +307,11 @@ def build_spec(kind: str, settings: dict[str, Any], where: str) -> tuple[Any, An
     Raises:
         M3Error: no `type`, an unknown one, an unknown key or a wrong value.
     """
-    settings = dict(settings)
-    if "type" not in settings:
+    if not isinstance(settings, dict) or "type" not in settings:
         raise M3Error(f"{where}: there is no `type`; add one.{nearest('', available(kind))}")
+    settings = dict(settings)
     try:
-        part = find(kind, settings.pop("type"))
+        part = find(kind, str(settings.pop("type")))
     except M3Error as error:
         raise M3Error(f"{where}.type: {error}") from error
     try:

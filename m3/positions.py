@@ -23,17 +23,22 @@ def sincos(positions: Tensor, width: int, temperature: float = 10000.0) -> Tenso
         M3Error: D is not divisible by 2 A.
     """
     axes = positions.shape[-1]
-    if width % (2 * axes):
-        raise M3Error(
-            f"width {width} must be divisible by {2 * axes} for sin-cos positions over {axes} axes; "
-            f"choose a width that is a multiple of {2 * axes}."
-        )
+    check_width(width, axes)
     frequencies = width // (2 * axes)
     # Long axes need more than 24 bits of angle; Apple's GPUs have no float64.
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
     exponent = torch.arange(frequencies, device=positions.device, dtype=exact) / frequencies
     angle = positions.to(exact).unsqueeze(-1) * temperature**-exponent  # (..., A, D / 2A)
     return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2).to(torch.float32)
+
+
+def check_width(width: int, axes: int) -> None:
+    """Raise M3Error when D is not divisible by 2 A."""
+    if width % (2 * axes):
+        raise M3Error(
+            f"width {width} must be divisible by {2 * axes} for sin-cos positions over {axes} axes; "
+            f"choose a width that is a multiple of {2 * axes}."
+        )
 
 
 def embed_positions(positions: Tensor, width: int, axis_order: str) -> Tensor:

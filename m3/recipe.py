@@ -62,7 +62,7 @@ class TrainSpec(Strict):
         batch_size: samples per optimizer step over all processes and micro-batches.
         micro_batch: samples per process and forward pass; null: as many as make one pass per step.
         lr: base learning rate.
-        lr_per: the learning rate is lr * batch_size / lr_per; null: lr is used as it is.
+        lr_per: the learning rate is lr * batch_size / lr_per (MAE: 256); null: lr is used as it is.
         min_lr: where the cosine ends, scaled like `lr`.
         warmup: linear warm-up from 0, in the unit of the run's length (steps or epochs).
         weight_decay: AdamW's.
@@ -85,7 +85,7 @@ class TrainSpec(Strict):
     batch_size: PositiveInt = 64
     micro_batch: PositiveInt | None = None
     lr: PositiveFloat = 1.5e-4
-    lr_per: PositiveInt | None = 256
+    lr_per: PositiveInt | None = None
     min_lr: NonNegativeFloat = 0.0
     warmup: NonNegativeFloat = 0.0
     weight_decay: NonNegativeFloat = 0.05
@@ -255,7 +255,10 @@ def _with_overrides(settings: dict[str, Any], overrides: list[str] | tuple[str, 
         path, sign, text = override.partition("=")
         if not sign or not path:
             raise M3Error(f"`{override}` is no override; write key.path=value, e.g. train.steps=1000.")
-        value: Any = yaml.safe_load(text) if text else None
+        try:
+            value: Any = yaml.safe_load(text) if text else None
+        except yaml.YAMLError as error:
+            raise M3Error(f"`{override}`: the value is not readable as YAML; write it as in a recipe.") from error
         *parents, last = path.split(".")
         change: dict[str, Any] = {last: value}
         for key in reversed(parents):

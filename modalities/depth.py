@@ -73,7 +73,7 @@ class Depth(Modality):
         return metres
 
     def to_raw(self, sample: Any) -> Tensor:
-        """Read float (H, W) metres; unknown positions are NaN, allowed only with `missing` set."""
+        """Read float (H, W) metres; unknown positions are NaN or infinite, allowed only with `missing` set."""
         x = torch.as_tensor(sample, dtype=torch.float32).squeeze()
         if x.ndim != 2:
             raise M3Error(f"a depth map must have shape (height, width), got {tuple(x.shape)}.")
@@ -81,7 +81,7 @@ class Depth(Modality):
             raise M3Error(
                 "a depth map has NaN or infinite values; set `missing` in the recipe so that holes are known."
             )
-        return x.contiguous()
+        return x.masked_fill(x.isinf(), torch.nan).contiguous()
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
         """Crop and resize (nearest: depths across an edge must not be mixed) to `size`."""

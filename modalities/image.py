@@ -75,6 +75,7 @@ class Image(Modality):
     def to_raw(self, sample: Any) -> Tensor:
         """Read a PIL image or an array/tensor, uint8 (H, W), (H, W, C) or (C, H, W) -> uint8 (C, H, W)."""
         if isinstance(sample, PILImage.Image):
+            sample = _eight_bits(sample)
             if self.spec.channels in (1, 3):
                 sample = sample.convert("RGB" if self.spec.channels == 3 else "L")
             sample = np.array(sample)
@@ -121,3 +122,12 @@ class Image(Modality):
     def _statistics(self, device: torch.device) -> tuple[Tensor, Tensor]:
         shape = (1, -1, 1, 1)
         return torch.tensor(self.mean, device=device).view(shape), torch.tensor(self.std, device=device).view(shape)
+
+
+def _eight_bits(image: PILImage.Image) -> PILImage.Image:
+    """Make a picture one of 8 bits per channel where Pillow's own conversion would clip or warn."""
+    if image.mode.startswith("I;16"):
+        return PILImage.fromarray((np.array(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise M3Error(f"an image of mode {image.mode} has no known range; save it with 8 or 16 bits per channel.")
+    return image.convert("RGBA") if image.mode == "P" and "transparency" in image.info else image

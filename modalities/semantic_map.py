@@ -20,7 +20,7 @@ from m3.plugins import Crop, Modality, Signal, Strict
 
 
 class SemanticMap(Modality):
-    """Raw: uint8 or int16 (H, W) stored class ids. Normalised: int64 (B, H, W) in [0, K), -1 where unknown."""
+    """Raw: (H, W) class ids in uint8 (or wider). Normalised: int64 (B, H, W) in [0, K), -1 where unknown."""
 
     class Spec(Strict):
         """Settings of `type: semantic_map`.
@@ -42,7 +42,8 @@ class SemanticMap(Modality):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.size = (spec.size, spec.size) if isinstance(spec.size, int) else spec.size
-        self._stored = torch.int16 if spec.classes > 255 else torch.uint8
+        self._stored = torch.uint8 if spec.classes <= 255 else torch.int16 if spec.classes <= 32767 else torch.int32
+        self._unknown = 255 if spec.classes <= 255 else -1
 
     @property
     def signal(self) -> Signal:
@@ -62,15 +63,18 @@ class SemanticMap(Modality):
 
     def to_raw(self, sample: Any) -> Tensor:
         """Check integer (H, W) class ids, so that a wrong label is named here and not by a GPU's assertion."""
-        x = torch.as_tensor(np.asarray(sample)).squeeze()
-        if x.ndim != 2 or x.is_floating_point():
+        given = np.asarray(sample)
+        x = torch.as_tensor(given.astype(np.int64) if given.dtype.kind in "iu" else given).squeeze()
+        if x.ndim != 2 or given.dtype.kind not in "iu":
             raise M3Error(
                 f"a semantic map must hold integer class ids of shape (height, width), got {x.dtype} of shape "
                 f"{tuple(x.shape)}; colour-coded maps must be turned into ids first."
             )
         is_bad = (x < 0) | (x >= self.spec.classes)
         if self.spec.ignore is not None:
-            is_bad &= x != self.spec.ignore
+            is_unknown = x == self.spec.ignore
+            is_bad &= ~is_unknown
+            x = x.masked_fill(is_unknown, self._unknown)
         if is_bad.any():
             raise M3Error(
                 f"a semantic map holds class {int(x[is_bad][0])}, but `classes` is {self.spec.classes}; raise "
@@ -85,7 +89,7 @@ class SemanticMap(Modality):
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn stored ids (B, H, W) into int64 class ids, -1 where unknown."""
         classes = raw.long()
-        return classes if self.spec.ignore is None else classes.masked_fill(classes == self.spec.ignore, -1)
+        return classes if self.spec.ignore is None else classes.masked_fill(classes == self._unknown, -1)
 
     def show(self, signal: Tensor) -> np.ndarray:
         """Draw (H, W) ids in distinct colours; unknown positions are black."""

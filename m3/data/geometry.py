@@ -52,8 +52,9 @@ def fit_map(x: Tensor, size: tuple[int, int], crop: Crop, interpolation: Interpo
     top, left, part_height, part_width = crop.box or _centre(height, width, size)
     functional = _torchvision().transforms.v2.functional
     mode = _torchvision().transforms.InterpolationMode(interpolation)
-    box = (round(top * height), round(left * width))
-    box += (max(1, round(part_height * height)), max(1, round(part_width * width)))
+    rows, columns = max(1, round(part_height * height)), max(1, round(part_width * width))
+    # Rounding must not push the box over the edge, where torchvision would fill it with zeros.
+    box = (min(round(top * height), height - rows), min(round(left * width), width - columns), rows, columns)
     x = functional.resized_crop(x, *box, size=list(size), interpolation=mode, antialias=interpolation == "bicubic")
     return functional.horizontal_flip(x) if crop.is_flipped else x
 
