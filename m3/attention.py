@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m3.errors import M3Error
+from m3.linear import Linear, linear
 from m3.types import take
 
 
@@ -84,8 +85,8 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = _check_heads(width, heads)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.projection = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.projection = Linear(width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
         """Attend among x (B, N, D) -> (B, N, D).
@@ -100,8 +101,8 @@ class SelfAttention(nn.Module):
             q, k, v = self._heads(self.qkv(x), 3)
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            (q,) = self._heads(F.linear(take(x, keep), weight[:width], bias[:width]), 1)
-            k, v = self._heads(F.linear(x, weight[width:], bias[width:]), 2)
+            (q,) = self._heads(linear(take(x, keep), weight[:width], bias[:width]), 1)
+            k, v = self._heads(linear(x, weight[width:], bias[width:]), 2)
             count = keep.shape[1]
         return self.projection(attend(q, k, v, mask).transpose(1, 2).reshape(batch, count, width))
 
@@ -116,9 +117,9 @@ class CrossAttention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = _check_heads(width, heads)
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(width, 2 * width)
-        self.projection = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(width, 2 * width)
+        self.projection = Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Let x (B, N, D) attend to context (B, C, D) -> (B, N, D); mask (B, 1, 1, C) True for keys that take part."""

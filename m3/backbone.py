@@ -14,6 +14,7 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from m3.attention import SelfAttention, key_mask
+from m3.linear import Linear
 from m3.plugins import Strict
 from m3.types import Encoded, MaskPlan, take
 
@@ -75,9 +76,9 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = Linear(width, hidden)
         self.activation = nn.GELU()
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from m3.attention import CrossAttention, key_mask
 from m3.backbone import MLP, BackboneSpec, Block
 from m3.errors import M3Error
+from m3.linear import Linear
 from m3.plugins import Strict
 from m3.positions import embed_positions
 from m3.types import Encoded, MaskPlan, Tokens, take
@@ -60,13 +61,13 @@ class SelfDecoder(nn.Module):
                 f"{modality}; use `cross_decoder`."
             )
         self.axis_order, self.modality = backbone.axis_order, modality
-        self.embed = nn.Linear(backbone.width, spec.width)
+        self.embed = Linear(backbone.width, spec.width)
         self.mask_token = nn.Parameter(torch.empty(1, spec.width))
         self.blocks = nn.ModuleList(
             [Block(spec.width, spec.heads, backbone.mlp_ratio, backbone.norm_eps) for _ in range(spec.depth)]
         )
         self.norm = nn.LayerNorm(spec.width, eps=backbone.norm_eps)
-        self.output = nn.Linear(spec.width, outputs)
+        self.output = Linear(spec.width, outputs)
 
     def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict the tokens at index (B, T) -> (B, T, P)."""
@@ -111,7 +112,7 @@ class CrossDecoder(nn.Module):
         super().__init__()
         width, eps = spec.width, backbone.norm_eps
         self.axis_order, self.modality = backbone.axis_order, modality
-        self.context = nn.Linear(backbone.width, width)
+        self.context = Linear(backbone.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, width))
         names = dict.fromkeys([*inputs, modality])
         self.modality_embeddings = nn.ParameterDict({name: nn.Parameter(torch.empty(1, width)) for name in names})
@@ -121,7 +122,7 @@ class CrossDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, int(width * backbone.mlp_ratio))
         self.blocks = nn.ModuleList([Block(width, spec.heads, backbone.mlp_ratio, eps) for _ in range(spec.depth)])
-        self.output = nn.Linear(width, outputs)
+        self.output = Linear(width, outputs)
 
     def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict the tokens at index (B, T) -> (B, T, P)."""

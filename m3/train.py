@@ -29,7 +29,7 @@ from m3.data.source import Source, Split
 from m3.ema import Average
 from m3.errors import M3Error
 from m3.evaluate.reconstruction import Row, fit_averages, measure
-from m3.memory import keep_freed_memory
+from m3.memory import compiled, keep_freed_memory
 from m3.model import M3Model, Prepared
 from m3.plugins import find
 from m3.processor import M3Processor
@@ -94,7 +94,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
     optimizer = make_optimizer(raw_model, spec)
     model, optimizer = accelerator.prepare(raw_model, optimizer)
     average = Average(raw_model, spec.ema) if spec.ema else None
-    network: Any = torch.compile(model) if spec.compile else model
+    network: Any = compiled(model) if spec.compile else model
     describe(console, recipe, raw_model, plan, accelerator)
 
     # ------------------------------------------------------------------------------------ where to start

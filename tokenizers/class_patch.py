@@ -10,6 +10,7 @@ from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from m3.errors import M3Error
+from m3.linear import Linear
 from m3.plugins import Signal, Strict, Tokenizer
 from m3.positions import grid
 from m3.tokenizers.patch import grid_of, pair, patchify, unpatchify
@@ -42,7 +43,7 @@ class ClassPatch(Tokenizer):
         self.output_width = self.value_width * signal.classes
         # One more row for positions whose class nobody knows.
         self.class_embedding = nn.Embedding(signal.classes + signal.has_gaps, spec.class_width)
-        self.projection = nn.Linear(self.value_width * spec.class_width, width)
+        self.projection = Linear(self.value_width * spec.class_width, width)
 
     def tokenize(self, signal: Tensor) -> Tokens:
         """Cut (B, H, W) int64 class ids into tokens with values (B, N, P)."""

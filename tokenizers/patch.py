@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor, nn
+from torch import Tensor
 
 from m3.errors import M3Error
+from m3.linear import Linear
 from m3.plugins import Signal, Strict, Tokenizer
 from m3.positions import grid
 from m3.types import Tokens
@@ -69,7 +70,7 @@ class Patch(Tokenizer):
         self.patch = pair(spec.size)
         self.reference = grid_of(signal.size, self.patch)
         self.value_width = self.output_width = signal.channels * self.patch[0] * self.patch[1]
-        self.projection = nn.Linear(self.value_width, width)
+        self.projection = Linear(self.value_width, width)
 
     def tokenize(self, signal: Tensor) -> Tokens:
         """Cut (B, C, H, W) float into tokens with values (B, N, P); any H and W that the patch divides."""

@@ -16,7 +16,7 @@ FILES = [path for path in FILES if not any(parent.is_symlink() for parent in pat
 # Lower stages first; a module may import only from its own line and the lines above.
 ORDER = (
     {"errors"},
-    {"types", "random", "positions"},
+    {"types", "random", "positions", "linear"},
     {"plugins"},
     {"attention", "scorers", "targets", "config", "memory", "data.geometry", "data.world"},
     {"backbone", "masking", "modalities", "tokenizers"},
