@@ -73,6 +73,13 @@ def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return scores.softmax(-1)
 
 
+def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pairs (i, i + E / 2) of x (B, H, N, E) by angles given as cosines and sines (B, 1, N, E / 2)."""
+    cosine, sine = (part.to(x.dtype) for part in turn)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
 def _check_heads(width: int, heads: int) -> int:
     if width % heads:
         raise M3Error(f"width {width} is not divisible by heads {heads}; change one of them.")
@@ -88,17 +95,26 @@ class SelfAttention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.projection = Linear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        keep: Tensor | None = None,
+        turn: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Attend among x (B, N, D) -> (B, N, D).
 
         Args:
             x: the tokens.
             mask: (B, 1, 1, N) bool, True for keys that take part.
             keep: (B, T) int64, tokens whose result is wanted; only these become queries -> (B, T, D).
+            turn: cosines and sines (B, 1, N, E / 2) of rotary positions; not together with `keep`.
         """
         batch, count, width = x.shape
         if keep is None:
             q, k, v = self._heads(self.qkv(x), 3)
+            if turn is not None:
+                q, k = rotate(q, turn), rotate(k, turn)
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
             (q,) = self._heads(linear(take(x, keep), weight[:width], bias[:width]), 1)

@@ -95,15 +95,22 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, int(width * mlp_ratio))
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        keep: Tensor | None = None,
+        turn: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         """Map (B, N, D) to (B, N, D).
 
         Args:
             x: the tokens.
             mask: (B, 1, 1, N) bool, True for keys that take part.
             keep: (B, T) int64, tokens whose result is wanted -> (B, T, D); the others are still attended to.
+            turn: cosines and sines (B, 1, N, E / 2) of rotary positions.
         """
-        attended = self.attention(self.norm1(x), mask, keep)
+        attended = self.attention(self.norm1(x), mask, keep, turn)
         x = (x if keep is None else take(x, keep)) + attended
         return x + self.mlp(self.norm2(x))
 
@@ -114,6 +121,7 @@ class Backbone(nn.Module):
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
         self.spec = spec
+        self.head_width = spec.width // spec.heads
         # No batch axis: with two axes the tokens get weight decay, as MAE's (1, 1, D) class token does.
         self.prefix = nn.Parameter(torch.empty(spec.class_tokens, spec.width)) if spec.class_tokens else None
         self.blocks = nn.ModuleList(
@@ -121,13 +129,14 @@ class Backbone(nn.Module):
         )
         self.norm = nn.LayerNorm(spec.width, eps=spec.norm_eps) if spec.final_norm else nn.Identity()
 
-    def forward(self, x: Tensor, plan: MaskPlan, layers: Iterable[int] = ()) -> Encoded:
+    def forward(self, x: Tensor, plan: MaskPlan, layers: Iterable[int] = (), angles: Tensor | None = None) -> Encoded:
         """Encode packed visible tokens.
 
         Args:
             x: (B, V, D) embedded tokens with positions, in the order of `plan`.
             plan: says which of the V exist.
             layers: numbers of blocks (0 = first) whose output is kept in `Encoded.layers`.
+            angles: (B, V, E / 2) of rotary positions; None: no modality has them.
         """
         is_valid = plan.is_valid
         count = self.spec.class_tokens
@@ -136,9 +145,13 @@ class Backbone(nn.Module):
             if is_valid is not None:
                 is_valid = torch.cat([is_valid.new_ones(len(x), count), is_valid], dim=1)
         mask = key_mask(is_valid)
+        turn = None
+        if angles is not None:  # prefix tokens are nowhere: angle 0
+            angles = torch.cat([angles.new_zeros(len(x), count, angles.shape[-1]), angles], dim=1).unsqueeze(1)
+            turn = (angles.cos(), angles.sin())
         kept, wanted = {}, set(layers)
         for number, block in enumerate(self.blocks):
-            x = block(x, mask)
+            x = block(x, mask, turn=turn)
             if number in wanted:
                 kept[number] = x
         x = self.norm(x)

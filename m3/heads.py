@@ -14,8 +14,8 @@ from m3.attention import CrossAttention, key_mask
 from m3.backbone import MLP, BackboneSpec, Block
 from m3.errors import M3Error
 from m3.linear import Linear
-from m3.plugins import Strict
-from m3.positions import embed_positions
+from m3.plugins import Strict, Tokenizer
+from m3.positions import additive
 from m3.types import Encoded, MaskPlan, Tokens, take
 
 
@@ -52,7 +52,13 @@ class SelfDecoder(nn.Module):
         heads: PositiveInt = 16
 
     def __init__(
-        self, spec: Spec, backbone: BackboneSpec, inputs: tuple[str, ...], modality: str, outputs: int
+        self,
+        spec: Spec,
+        backbone: BackboneSpec,
+        tokenizers: dict[str, Tokenizer],
+        inputs: tuple[str, ...],
+        modality: str,
+        outputs: int,
     ) -> None:
         super().__init__()
         if inputs != (modality,):
@@ -60,7 +66,8 @@ class SelfDecoder(nn.Module):
                 f"decoder `self_decoder` reads one modality, but the objective sees {', '.join(inputs)} and predicts "
                 f"{modality}; use `cross_decoder`."
             )
-        self.axis_order, self.modality = backbone.axis_order, modality
+        self.modality = modality
+        self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
         self.embed = Linear(backbone.width, spec.width)
         self.mask_token = nn.Parameter(torch.empty(1, spec.width))
         self.blocks = nn.ModuleList(
@@ -75,7 +82,7 @@ class SelfDecoder(nn.Module):
         x = self.embed(encoded.sequence)
         rows = torch.cat([x[:, count:], self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
         full = take(rows, restore_index(encoded.plan, self.modality, own.count))
-        full = full + embed_positions(own.positions, full.shape[-1], self.axis_order)
+        full = full + self.positions(own.positions)
         x = torch.cat([x[:, :count].to(full.dtype), full], dim=1)
         mask = None
         if own.is_valid is not None:
@@ -107,15 +114,22 @@ class CrossDecoder(nn.Module):
         heads: PositiveInt = 8
 
     def __init__(
-        self, spec: Spec, backbone: BackboneSpec, inputs: tuple[str, ...], modality: str, outputs: int
+        self,
+        spec: Spec,
+        backbone: BackboneSpec,
+        tokenizers: dict[str, Tokenizer],
+        inputs: tuple[str, ...],
+        modality: str,
+        outputs: int,
     ) -> None:
         super().__init__()
         width, eps = spec.width, backbone.norm_eps
-        self.axis_order, self.modality = backbone.axis_order, modality
+        self.modality = modality
         self.context = Linear(backbone.width, width)
         self.mask_token = nn.Parameter(torch.empty(1, width))
         names = dict.fromkeys([*inputs, modality])
         self.modality_embeddings = nn.ParameterDict({name: nn.Parameter(torch.empty(1, width)) for name in names})
+        self.positions = nn.ModuleDict({name: additive(tokenizers[name], width, backbone.axis_order) for name in names})
         self.query_norm = nn.LayerNorm(width, eps=eps)
         self.context_norm = nn.LayerNorm(width, eps=eps)
         self.attention = CrossAttention(width, spec.heads)
@@ -145,5 +159,4 @@ class CrossDecoder(nn.Module):
 
     def _marks(self, tokens: dict[str, Tokens], name: str) -> Tensor:
         """Return (1 or B, N, d): where and of which modality each token of `name` is."""
-        mark = self.modality_embeddings[name]
-        return embed_positions(tokens[name].positions, mark.shape[-1], self.axis_order) + mark
+        return self.positions[name](tokens[name].positions) + self.modality_embeddings[name]

@@ -20,7 +20,7 @@ from m3.backbone import Backbone, BackboneSpec
 from m3.config import M3Config
 from m3.errors import M3Error, explain, nearest
 from m3.plugins import Modality, Objective, Predictor, Tokenizer, View, build_spec
-from m3.positions import check_width, embed_positions
+from m3.positions import Rotary, build_positions
 from m3.random import Draws
 from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens, take
 
@@ -59,12 +59,16 @@ class Reconstruction:
         predicted: target -> the whole predicted signal, as the modality's `normalise` returns it. A target that
             was trained on normalised patches has each patch's true mean and contrast put back.
         output: target -> (B, N, output width) what the decoder itself predicted.
+        values: target -> (B, N, P) the same as token values.
+        tokens: modality -> the tokens of the batch.
         plan: what the encoder saw.
-        is_visible: modality -> (B, *size) bool per position, True where the encoder saw it.
+        is_visible: modality -> (B, N) bool per token, True where the encoder saw it.
     """
 
     predicted: dict[str, Tensor]
     output: dict[str, Tensor]
+    values: dict[str, Tensor]
+    tokens: dict[str, Tokens]
     plan: MaskPlan
     is_visible: dict[str, Tensor]
 
@@ -73,7 +77,7 @@ def build_modalities(settings: dict[str, Any]) -> dict[str, Modality]:
     """Make the modality objects of a config or recipe: name -> settings to name -> `Modality`."""
     built = {}
     for name, entry in settings.items():
-        own = {key: value for key, value in entry.items() if key != "tokenizer"}
+        own = {key: value for key, value in entry.items() if key not in ("tokenizer", "positions")}
         part, spec = build_spec("modalities", own, f"modalities.{name}")
         built[name] = part(spec)
     return built
@@ -94,13 +98,15 @@ class M3Model(PreTrainedModel):
         spec = _backbone_spec(config)
         self.modalities = build_modalities(config.modalities)
         self.tokenizers = nn.ModuleDict()
+        self.positions = nn.ModuleDict()
         for name, modality in self.modalities.items():
             where = f"modalities.{name}.tokenizer"
             if "tokenizer" not in config.modalities[name]:
                 raise M3Error(f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`.")
             part, settings = build_spec("tokenizers", config.modalities[name]["tokenizer"], where)
-            self.tokenizers[name] = part(settings, modality.signal, spec.width)
-            check_width(spec.width, part.axes)
+            tokenizer = self.tokenizers[name] = part(settings, modality.signal, spec.width)
+            tokenizer.positions = config.modalities[name].get("positions", tokenizer.positions)
+            self.positions[name] = build_positions(tokenizer, spec.width, spec.axis_order)
         self.modality_embeddings = nn.ParameterDict()
         if spec.modality_embedding:
             for name in self.modalities:
@@ -143,7 +149,7 @@ class M3Model(PreTrainedModel):
         for name, raw in batch.signals.items():
             if name not in self.modalities:
                 raise M3Error(f"the model has no modality `{name}`.{nearest(name, self.modalities)}")
-            part = self._tokenizer(name).tokenize(self.modalities[name].normalise(raw))
+            part = self._tokenizer(name).tokenize(self.modalities[name].normalise(raw), batch.times.get(name))
             if name in batch.is_present:
                 there = batch.is_present[name].unsqueeze(1).expand(-1, part.count)
                 is_valid = there if part.is_valid is None else there & part.is_valid
@@ -182,15 +188,22 @@ class M3Model(PreTrainedModel):
 
     def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
         """Embed and encode the visible tokens of one view, and only those."""
-        slots = {}
+        slots, angles = {}, {}
         for name, index in plan.visible.items():
             x = self._tokenizer(name).embed(take(tokens[name].values, index))
-            table = embed_positions(tokens[name].positions, x.shape[-1], self.backbone.spec.axis_order)
-            x = x + take(table, index)
+            place = self.positions[name]
+            if isinstance(place, Rotary):
+                table = place.angles(tokens[name].positions, self.backbone.head_width)
+                angles[name] = take(table, index).expand(len(x), -1, -1)
+            else:
+                x = x + take(place(tokens[name].positions), index)
             if name in self.modality_embeddings:
                 x = x + self.modality_embeddings[name]
             slots[name] = x
-        return self.backbone(plan.pack(slots), plan, layers)
+        if not angles:
+            return self.backbone(plan.pack(slots), plan, layers)
+        still = {name: x.new_zeros(*x.shape[:2], self.backbone.head_width // 2) for name, x in slots.items()}
+        return self.backbone(plan.pack(slots), plan, layers, plan.pack(still | angles))
 
     # -- using a trained model --------------------------------------------------------------------------
 
@@ -230,34 +243,30 @@ class M3Model(PreTrainedModel):
         else:
             plan = masking.explicit(seen, masking.masks(seen, visible, draws))
         encoded = self.encode_tokens(tokens, plan)
-        predicted, outputs = {}, {}
+        predicted, outputs, guesses = {}, {}, {}
         for name, modality in objective.modality_of.items():
-            part = tokens[modality] if modality in tokens else self._blank(modality, len(batch))
+            part = tokens[modality] if modality in tokens else self.blank_tokens(modality, len(batch))
             everything = torch.arange(part.count, device=self.device).expand(len(batch), -1)
             output = outputs[name] = objective.predict(name, encoded, {**tokens, modality: part}, everything)
             values = self._tokenizer(modality).decode(objective.restore(name, output, part))
-            predicted[name] = self._tokenizer(modality).detokenize(values, self._size(batch, modality))
-        is_visible = {name: self._seen_positions(batch, tokens, plan, name) for name in seen}
-        return Reconstruction(predicted, outputs, plan, is_visible)
+            guesses[name] = values
+            predicted[name] = self._tokenizer(modality).detokenize(values, part.positions, self._size(batch, modality))
+        is_visible = {name: _seen_tokens(tokens[name], plan, name) for name in seen}
+        return Reconstruction(predicted, outputs, guesses, tokens, plan, is_visible)
 
-    def _seen_positions(self, batch: Batch, tokens: dict[str, Tokens], plan: MaskPlan, name: str) -> Tensor:
-        """Return (B, *size) bool: the visible tokens of `name` spread over the positions they cover."""
-        values = tokens[name].values
-        is_seen = torch.zeros(values.shape[:2], dtype=torch.bool, device=values.device)
-        is_own = plan.packed_modality() == list(plan.visible).index(name)
-        if plan.is_valid is not None:
-            is_own &= plan.is_valid
-        sample, place = is_own.nonzero(as_tuple=True)
-        is_seen[sample, plan.packed_index()[sample, place]] = True
-        spread = is_seen.unsqueeze(-1).expand(values.shape)
-        x = self._tokenizer(name).detokenize(spread, self._size(batch, name))
-        return x.flatten(1, -len(self.modalities[name].signal.size) - 1).any(1) if x.ndim > 3 else x
+    def spread(self, name: str, is_token: Tensor, tokens: Tokens, size: tuple[int, ...]) -> Tensor:
+        """Return (B, *size) bool per position of the signal from (B, N) bool per token of modality `name`."""
+        values = is_token.unsqueeze(-1).expand(tokens.values.shape)
+        x = self._tokenizer(name).detokenize(values, tokens.positions, size)
+        return self.modalities[name].signal.without_channels(x)
 
     def _size(self, batch: Batch, name: str) -> tuple[int, ...]:
-        size = self.modalities[name].signal.size
-        return tuple(batch.signals[name].shape[-len(size) :]) if name in batch.signals else size
+        modality = self.modalities[name]
+        if name not in batch.signals:
+            return modality.signal.size
+        return modality.signal.extent(modality.normalise(batch.signals[name][:1]))
 
-    def _blank(self, name: str, count: int) -> Tokens:
+    def blank_tokens(self, name: str, count: int) -> Tokens:
         """Return tokens of an absent modality: places without content, for decoders that predict it."""
         raw = self.modalities[name].blank(count).to(self.device)
         return self._tokenizer(name).tokenize(self.modalities[name].normalise(raw))
@@ -286,6 +295,17 @@ class M3Model(PreTrainedModel):
                     init.normal_(parameter, std=0.02)
                 else:  # learned log-variances start at 0, weight 1
                     init.zeros_(parameter)
+
+
+def _seen_tokens(tokens: Tokens, plan: MaskPlan, name: str) -> Tensor:
+    """Return (B, N) bool, True where the encoder saw the token."""
+    is_seen = torch.zeros(tokens.values.shape[:2], dtype=torch.bool, device=tokens.values.device)
+    is_own = plan.packed_modality() == list(plan.visible).index(name)
+    if plan.is_valid is not None:
+        is_own &= plan.is_valid
+    sample, place = is_own.nonzero(as_tuple=True)
+    is_seen[sample, plan.packed_index()[sample, place]] = True
+    return is_seen
 
 
 def _backbone_spec(config: M3Config) -> BackboneSpec:

@@ -13,7 +13,7 @@ import pkgutil
 from abc import ABC, abstractmethod
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, BinaryIO, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,7 +32,17 @@ HOMES = {
     "scorers": "m3.scorers",
     "decoders": "m3.heads",
     "targets": "m3.targets",
+    "positions": "m3.positions",
 }
+
+
+File = Path | BinaryIO
+"""A file on disk, or one in an archive: anything readable whose `name` has the ending."""
+
+
+def ending(file: File) -> str:
+    """Return a file's ending in lower case, with the dot."""
+    return Path(file.name).suffix.lower()
 
 
 class Strict(BaseModel):
@@ -50,6 +60,7 @@ class Signal(NamedTuple):
         size: extent along each position axis, e.g. (height, width), that the model is built for.
         classes: number of classes, 0 for values.
         has_gaps: some positions may be unknown: NaN in values, -1 in class ids. No loss asks for them.
+        channel_axis: of a batch of values: 1, or -1 for lists of points.
     """
 
     kind: Literal["values", "classes"]
@@ -57,6 +68,15 @@ class Signal(NamedTuple):
     size: tuple[int, ...]
     classes: int = 0
     has_gaps: bool = False
+    channel_axis: int = 1
+
+    def extent(self, signal: Tensor) -> tuple[int, ...]:
+        """Return the size along the position axes of a batch (B, ...) of normalised signals."""
+        return tuple(self.without_channels(signal).shape[1:])
+
+    def without_channels(self, signal: Tensor) -> Tensor:
+        """Take the first channel of a batch of values; classes have none."""
+        return signal if self.kind == "classes" else signal.select(self.channel_axis, 0)
 
 
 class Crop(NamedTuple):
@@ -70,6 +90,14 @@ class Crop(NamedTuple):
 
     box: tuple[float, float, float, float] | None = None
     is_flipped: bool = False
+
+    def window(self, height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Return the box for a map of height x width that is read at `size`: the given one, or the centred part."""
+        if self.box is not None:
+            return self.box
+        scale = min(height / size[0], width / size[1])
+        h, w = size[0] * scale / height, size[1] * scale / width
+        return (1 - h) / 2, (1 - w) / 2, h, w
 
 
 class Modality(ABC):
@@ -90,6 +118,15 @@ class Modality(ABC):
 
     higher_is_better: ClassVar[bool] = False
 
+    is_map: ClassVar[bool] = False
+    """True where the last two axes of a raw sample are height and width, which the random crop is drawn for."""
+
+    padding: ClassVar[float | None] = None
+    """What fills up shorter samples of a batch (NaN for values, -1 for ids); None: all have the same size."""
+
+    is_inline: ClassVar[bool] = False
+    """True where a manifest may hold the sample itself (a sentence) instead of a path."""
+
     def __init__(self, spec: Any) -> None:
         self.spec = spec
 
@@ -103,12 +140,29 @@ class Modality(ABC):
         """Return a raw batch of zeros of the usual size: the shape and type of what `fit` returns, stacked."""
 
     @abstractmethod
-    def load(self, path: Path) -> Any:
-        """Read one file into a raw array. Raises any exception whose text says what is wrong with the file."""
+    def load(self, file: File) -> Any:
+        """Read one file, given by path or as a binary file with a name, into a sample.
+
+        Raises any exception whose text says what is wrong with the file.
+        """
+
+    def cut(self, sample: Any, moment: float) -> Any:
+        """Take the part of a recording that the model reads.
+
+        Args:
+            sample: what `load` returned or a source made.
+            moment: 0 for the first possible part, 1 for the last; shared by all modalities of a sample, so
+                that sound stays with its video.
+        """
+        return sample
+
+    def times(self, sample: Any) -> Tensor | None:
+        """Return seconds (T,) of the steps along the first axis of `signal.size`, where they are known."""
+        return None
 
     @abstractmethod
     def to_raw(self, sample: Any) -> Tensor:
-        """Check one raw sample (array, tensor, PIL image) and make it a tensor without batch axis."""
+        """Check one sample (array, tensor, PIL image, sentence) and make it a tensor without batch axis."""
 
     @abstractmethod
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
@@ -119,17 +173,22 @@ class Modality(ABC):
         """Turn a raw batch (B, ...) into what the tokenizer reads, on the tensor's own device."""
 
     @abstractmethod
-    def show(self, signal: Tensor) -> np.ndarray:
-        """Draw one normalised or predicted signal (as `normalise` returns it, no batch axis) as uint8 (H, W, 3)."""
+    def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
+        """Draw one normalised or predicted signal as uint8 (H, W, 3).
+
+        Args:
+            signal: as `normalise` returns it, no batch axis.
+            is_known: (*size) bool, False for positions to be drawn as hidden; None: all are known.
+        """
 
     @abstractmethod
     def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
         """Return sums over the batch that add up over batches; `finish_score` turns them into the measure.
 
         Args:
-            predicted: (B, ...) as `normalise` returns it.
+            predicted: (B, ...) as the tokenizer's `detokenize` returns it.
             truth: the same shape.
-            weight: the same shape as positions (B, *size), True where the prediction counts.
+            weight: (B, *size) bool, True where the prediction counts.
         """
 
     @abstractmethod
@@ -152,23 +211,33 @@ class Tokenizer(nn.Module, ABC):
     axes: int
     """A, the number of position axes."""
 
+    reference: tuple[int, ...] = ()
+    """Tokens along each position axis at the size the model is built for; empty for free coordinates."""
+
     def __init__(self, spec: Any, signal: Signal, width: int) -> None:
         super().__init__()
         self.spec = spec
         self.signal = signal
         self.width = width
+        self.positions: dict[str, Any] = {"type": "sincos"}
+        """The `positions` of the modality's recipe entry; set by the model before anything is built on them."""
 
     @abstractmethod
-    def tokenize(self, signal: Tensor) -> Tokens:
-        """Cut a normalised signal (B, ...) into tokens with values (B, N, P)."""
+    def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:
+        """Cut a normalised signal (B, ...) into tokens with values (B, N, P).
+
+        Args:
+            signal: as `Modality.normalise` returns it.
+            times: (B, T) seconds of the steps along the first axis of the size, where they are known.
+        """
 
     @abstractmethod
     def embed(self, values: Tensor) -> Tensor:
         """Project token values (B, S, P) to the model's width (B, S, D)."""
 
     @abstractmethod
-    def detokenize(self, values: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Put token values (B, N, P) together to a signal of `size`."""
+    def detokenize(self, values: Tensor, positions: Tensor, size: tuple[int, ...]) -> Tensor:
+        """Put token values (B, N, P) at positions (1 or B, N, A) together to a signal of `size`."""
 
     @abstractmethod
     def decode(self, output: Tensor) -> Tensor:

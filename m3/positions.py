@@ -1,60 +1,178 @@
-"""Fixed sin-cos position embeddings, computed from coordinates, so any grid, size or shape works.
+"""Where a token is: embeddings of its coordinates, chosen for each modality in the recipe.
 
-Letters: N tokens, A axes, D width.
+Coordinates are measured in tokens of the grid that the model was built for, so a finer grid or a longer
+recording lies between or beyond them and every kind below has a value there.
+
+Letters: B batch, N tokens, A axes, D width, E width of an attention head.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from pydantic import PositiveFloat, PositiveInt
+from torch import Tensor, nn
 
 from m3.errors import M3Error
+from m3.linear import Linear
+from m3.plugins import Strict, Tokenizer, build_spec
 
 
 def sincos(positions: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
     """Embed coordinates: positions (..., A) -> (..., D) float32.
 
-    Each axis gets D / A channels, in the order of the axes, each [sines | cosines] with frequencies
-    temperature ** (-i / (D / 2A)), i = 0 ... D / 2A - 1. With A = 2 and (x, y) order this is the table of MAE
-    (He et al. 2021), with (y, x) that of MultiMAE (Bachmann et al. 2022). At fractional coordinates it is the
-    exact value between two table rows, so new sizes need no interpolation of a table.
+    Each axis gets the same number of channels, in the order of the axes, each [sines | cosines] with F = D // 2A
+    frequencies temperature ** (-i / F), i = 0 ... F - 1; channels that are left over are 0. With A = 2 and
+    (x, y) order this is the table of MAE (He et al. 2021), with (y, x) that of MultiMAE (Bachmann et al. 2022).
 
     Raises:
-        M3Error: D is not divisible by 2 A.
+        M3Error: D is less than 2 A.
     """
     axes = positions.shape[-1]
-    check_width(width, axes)
     frequencies = width // (2 * axes)
+    if not frequencies:
+        raise M3Error(f"width {width} is too small for sin-cos positions over {axes} axes; use at least {2 * axes}.")
+    angle = _angles(positions, frequencies, temperature)
+    table = torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2).to(torch.float32)
+    return F.pad(table, (0, width - table.shape[-1]))
+
+
+def _angles(positions: Tensor, frequencies: int, temperature: float) -> Tensor:
+    """Return (..., A, F): each coordinate times each frequency."""
     # Long axes need more than 24 bits of angle; Apple's GPUs have no float64.
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
     exponent = torch.arange(frequencies, device=positions.device, dtype=exact) / frequencies
-    angle = positions.to(exact).unsqueeze(-1) * temperature**-exponent  # (..., A, D / 2A)
-    return torch.cat([angle.sin(), angle.cos()], dim=-1).flatten(-2).to(torch.float32)
+    return positions.to(exact).unsqueeze(-1) * temperature**-exponent
 
 
-def check_width(width: int, axes: int) -> None:
-    """Raise M3Error when D is not divisible by 2 A."""
-    if width % (2 * axes):
-        raise M3Error(
-            f"width {width} must be divisible by {2 * axes} for sin-cos positions over {axes} axes; "
-            f"choose a width that is a multiple of {2 * axes}."
-        )
+class Sincos(nn.Module):
+    """Fixed sines and cosines of the coordinates: any number of axes, any size, nothing to learn."""
+
+    class Spec(Strict):
+        """Settings of `type: sincos`.
+
+        Attributes:
+            temperature: ratio of the longest wave to the shortest.
+        """
+
+        temperature: PositiveFloat = 10000.0
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer, width: int, axis_order: str) -> None:
+        super().__init__()
+        self.spec, self.width, self.axis_order = spec, width, axis_order
+        sincos(torch.zeros(1, tokenizer.axes), width)  # a width without room is refused here, not in the first step
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Embed (1 or B, N, A) -> (1 or B, N, D); `xy` encodes the last axis first, `yx` the first."""
+        ordered = positions.flip(-1) if self.axis_order == "xy" else positions
+        return sincos(ordered, self.width, self.spec.temperature)
 
 
-def embed_positions(positions: Tensor, width: int, axis_order: str) -> Tensor:
-    """Embed coordinates (1 or B, N, A) -> (1 or B, N, D); `xy` encodes the last axis first, `yx` the first."""
-    return sincos(positions.flip(-1) if axis_order == "xy" else positions, width)
+class Learned(nn.Module):
+    """A learned vector for every place of the grid; linear interpolation between them, the edge's beyond it."""
+
+    class Spec(Strict):
+        """Settings of `type: learned`; it has none."""
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer, width: int, axis_order: str) -> None:
+        super().__init__()
+        if not 1 <= len(tokenizer.reference) <= 3:
+            raise M3Error("learned positions need a grid of one to three axes; use `sincos` or `coordinates` here.")
+        self.grid = tokenizer.reference
+        self.table = nn.Parameter(torch.empty(width, *self.grid))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Embed (1 or B, N, A) -> (1 or B, N, D)."""
+        result = self.table.new_zeros(())
+        low = [positions[..., a].clamp(0, n - 1).floor().clamp(max=max(0, n - 2)) for a, n in enumerate(self.grid)]
+        for corner in range(2 ** len(self.grid)):
+            index, weight = [], torch.ones_like(positions[..., 0])
+            for axis, extent in enumerate(self.grid):
+                is_high = corner >> axis & 1
+                share = positions[..., axis].clamp(0, extent - 1) - low[axis]
+                index.append((low[axis] + is_high).long().clamp(max=extent - 1))
+                weight = weight * (share if is_high else 1 - share)
+            result = result + self.table.flatten(1).t()[self._flat(index)] * weight.unsqueeze(-1)
+        return result
+
+    def _flat(self, index: list[Tensor]) -> Tensor:
+        flat = index[0]
+        for extent, own in zip(self.grid[1:], index[1:], strict=True):
+            flat = flat * extent + own
+        return flat
 
 
-def grid(rows: int, columns: int, reference: tuple[int, int], device: torch.device) -> Tensor:
-    """Return (1, rows * columns, 2) float32 patch coordinates (y, x), row by row.
+class Coordinates(nn.Module):
+    """A small MLP on the coordinates, for positions that are no grid (Point-MAE, Pang et al. 2022: 3-128-D)."""
 
-    They are measured in patches of the `reference` (rows, columns) grid that the model was built for, centre
-    to centre: on the reference grid itself they are 0, 1, 2 ..., on a finer one they lie between.
+    class Spec(Strict):
+        """Settings of `type: coordinates`.
+
+        Attributes:
+            hidden: width of the layer between.
+        """
+
+        hidden: PositiveInt = 128
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer, width: int, axis_order: str) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Linear(tokenizer.axes, spec.hidden), nn.GELU(), Linear(spec.hidden, width))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Embed (1 or B, N, A) -> (1 or B, N, D)."""
+        return self.layers(positions)
+
+
+class Rotary(nn.Module):
+    """Axial rotary embedding: queries and keys are turned by angles that grow with the coordinates.
+
+    Su et al. 2021; for several axes the pairs of a head are shared out among them (Heo et al. 2024). It acts in
+    the backbone's attention. Decoders, which attend across modalities, add sines and cosines instead.
     """
 
-    def axis(count: int, built_for: int) -> Tensor:
-        return (torch.arange(count, device=device, dtype=torch.float32) + 0.5) * (built_for / count) - 0.5
+    class Spec(Strict):
+        """Settings of `type: rotary`.
 
-    y, x = torch.meshgrid(axis(rows, reference[0]), axis(columns, reference[1]), indexing="ij")
-    return torch.stack([y.flatten(), x.flatten()], dim=-1).unsqueeze(0)
+        Attributes:
+            temperature: ratio of the longest wave to the shortest (100 for the short axes of images).
+        """
+
+        temperature: PositiveFloat = 100.0
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer, width: int, axis_order: str) -> None:
+        super().__init__()
+        self.spec = spec
+
+    def angles(self, positions: Tensor, head_width: int) -> Tensor:
+        """Return (1 or B, N, E / 2) radians for the pairs (i, i + E / 2) of a head; left-over pairs stay."""
+        axes = positions.shape[-1]
+        frequencies = head_width // 2 // axes
+        if not frequencies:
+            raise M3Error(f"heads of width {head_width} are too narrow for rotary positions over {axes} axes.")
+        flat = _angles(positions, frequencies, self.spec.temperature).flatten(-2).to(torch.float32)
+        return F.pad(flat, (0, head_width // 2 - flat.shape[-1]))
+
+
+def build_positions(tokenizer: Tokenizer, width: int, axis_order: str) -> nn.Module:
+    """Make the position embedding of one modality, as the `positions` of its recipe entry say."""
+    part, spec = build_spec("positions", tokenizer.positions, "positions")
+    return part(spec, tokenizer, width, axis_order)
+
+
+def additive(tokenizer: Tokenizer, width: int, axis_order: str) -> nn.Module:
+    """Make a position embedding that is added to tokens of any width: the recipe's, or sin-cos for rotary."""
+    built = build_positions(tokenizer, width, axis_order)
+    return Sincos(Sincos.Spec(), tokenizer, width, axis_order) if isinstance(built, Rotary) else built
+
+
+def grid(counts: tuple[int, ...], reference: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return (1, N, A) float32 token coordinates, the last axis fastest.
+
+    They are measured in tokens of the `reference` grid that the model was built for, centre to centre: on the
+    reference grid itself they are 0, 1, 2 ..., on a finer one they lie between.
+    """
+    axes = [
+        (torch.arange(count, device=device, dtype=torch.float32) + 0.5) * (built_for / count) - 0.5
+        for count, built_for in zip(counts, reference, strict=True)
+    ]
+    return torch.stack([axis.flatten() for axis in torch.meshgrid(*axes, indexing="ij")], dim=-1).unsqueeze(0)

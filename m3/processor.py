@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from transformers.processing_utils import ProcessorMixin
 
 from m3.data.loader import Loaded, collate
@@ -49,9 +48,10 @@ class M3Processor(ProcessorMixin):
             raise M3Error(f"every modality needs the same number of samples, at least one, got {lengths}.")
         samples = []
         for row in range(next(iter(lengths.values()))):
-            given = {n: self._read(n, column[row]) for n, column in columns.items() if column[row] is not None}
-            samples.append(Loaded(given, seed * 1_000_003 + row, str(row), {}, ()))
-        return collate(samples)
+            samples.append(
+                self._load({n: column[row] for n, column in columns.items()}, seed * 1_000_003 + row, str(row))
+            )
+        return collate(samples, self.parts)
 
     def show(self, result: Reconstruction, targets: dict[str, str] | None = None) -> dict[str, list[np.ndarray]]:
         """Draw predictions: target -> one uint8 (H, W, 3) picture per sample.
@@ -63,14 +63,20 @@ class M3Processor(ProcessorMixin):
         parts = {name: self.parts[(targets or {}).get(name, name)] for name in result.predicted}
         return {name: [parts[name].show(x) for x in value] for name, value in result.predicted.items()}
 
-    def _read(self, name: str, sample: Any) -> torch.Tensor:
+    def _load(self, given: dict[str, Any], key: int, name: str) -> Loaded:
+        parts = {n: self._read(n, sample) for n, sample in given.items() if sample is not None}
+        signals = {n: self.parts[n].fit(self.parts[n].to_raw(part), Crop()) for n, part in parts.items()}
+        known = {n: self.parts[n].times(part) for n, part in parts.items()}
+        return Loaded(signals, key, name, {n: times for n, times in known.items() if times is not None})
+
+    def _read(self, name: str, sample: Any) -> Any:
         part = self.parts[name]
-        if isinstance(sample, str | Path):
+        if isinstance(sample, Path) or (isinstance(sample, str) and not part.is_inline):
             path = Path(sample)
             if not path.is_file():
                 raise M3Error(f"there is no file {path} for `{name}`; check the path.")
             try:
-                sample = part.load(path)
+                return part.cut(part.load(path), 0.5)
             except Exception as error:
-                raise M3Error(f"{path} can't be read as `{name}`: {error}.") from error
-        return part.fit(part.to_raw(sample), Crop())
+                raise M3Error(f"{path} can't be read as `{name}`: {str(error).rstrip('.')}.") from error
+        return part.cut(sample, 0.5)

@@ -7,7 +7,7 @@ mixing with it), `a.b=c` on the command line overrides, and what comes out is sa
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -27,6 +27,9 @@ from m3.plugins import Strict
 PACKAGED = Path(__file__).parent / "recipes"
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
 class DataSpec(Strict):
     """The `data` section.
 
@@ -38,6 +41,8 @@ class DataSpec(Strict):
         held_out: samples kept for evaluation, never trained on.
         crop: smallest and largest share of the area of a random crop; null: no random crop.
         flip: probability of a horizontal flip.
+        repeats: crops of a sample that are used in a row, from one reading (repeated augmentation).
+        drop: probability that a training sample loses a modality, for all or for each by name; one always stays.
         workers: processes that load data; 0 loads in the training process.
         max_unreadable: share of samples that may be unreadable (ten are always forgiven).
     """
@@ -49,6 +54,8 @@ class DataSpec(Strict):
     held_out: NonNegativeInt = 256
     crop: tuple[PositiveFloat, PositiveFloat] | None = None
     flip: float = Field(default=0.0, ge=0, le=1)
+    repeats: PositiveInt = 1
+    drop: Share | dict[str, Share] = 0.0
     workers: NonNegativeInt = 2
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,6 @@ BASELINES = {
     "average_map": "average map: the training mean or most frequent class of each position",
     "patch_mean": "patch mean: the hidden patch's own mean",
 }
-
-HIDDEN = 128
-"""Grey of positions that the encoder did not see."""
 
 
 def preview(model: M3Model, batch: Batch, views: dict[str, dict[str, float] | None], path: Path, seed: int = 0) -> None:
@@ -82,28 +80,45 @@ def _pictures(model: M3Model, batch: Batch, result: Reconstruction, sample: int)
     modality_of = targets_of(model)
     relative = {name: flag for predictor in predictors(model) for name, flag in predictor.is_relative.items()}
     pictures = {}
-    for name, modality in model.modalities.items():
-        truth, drawn, seen = None, np.zeros(0), np.zeros(0)
-        if name in batch.signals:
-            truth = modality.normalise(batch.signals[name][sample : sample + 1].to(model.device))[0]
-            drawn = modality.show(truth)
-            seen = _seen(drawn, result.is_visible.get(name), sample)
-            pictures[f"{name}: seen"] = np.where(seen, drawn, np.uint8(HIDDEN))
+    for name in model.modalities:
+        tokens = result.tokens.get(name)
+        draw_values = partial(_draw_values, model, name, batch, result, sample)
+        is_seen = result.is_visible.get(name)
+        if tokens is not None:
+            if is_seen is None:
+                is_seen = torch.zeros(tokens.values.shape[:2], dtype=torch.bool, device=tokens.values.device)
+            pictures[f"{name}: seen"] = draw_values(tokens.values, is_seen)
         for target in (t for t, m in modality_of.items() if m == name and t in result.predicted):
-            guess = modality.show(result.predicted[target][sample])
-            # No loss asks for what was seen, so the prediction there means nothing: the truth is kept.
             note = " (true contrast)" if relative.get(target) else ""
-            pictures[f"{target}: predicted{note}"] = guess if truth is None else np.where(seen, drawn, guess)
-        if truth is not None:
-            pictures[f"{name}: truth"] = drawn
+            values = result.values[target]
+            if tokens is not None and is_seen is not None:  # no loss asks for what was seen, so the truth is kept there
+                values = torch.where(is_seen.unsqueeze(-1), tokens.values.to(values.dtype), values)
+            pictures[f"{target}: predicted{note}"] = draw_values(values, None)
+        if tokens is not None:
+            pictures[f"{name}: truth"] = draw_values(tokens.values, None)
     return pictures
 
 
-def _seen(picture: np.ndarray, is_visible: Tensor | None, sample: int) -> np.ndarray:
-    """Return (H, W, 1) bool, True where the encoder saw the sample."""
-    if is_visible is None:
-        return np.zeros((*picture.shape[:2], 1), bool)
-    return is_visible[sample].cpu().numpy()[..., None]
+def _draw_values(
+    model: M3Model,
+    name: str,
+    batch: Batch,
+    result: Reconstruction,
+    sample: int,
+    values: Tensor,
+    is_known: Tensor | None,
+) -> np.ndarray:
+    """Draw the token values (B, N, P) of one sample; grey where is_known (B, N) is False or nothing is there."""
+    modality = model.modalities[name]
+    tokens = result.tokens.get(name)
+    if tokens is None:  # the batch holds no such signal
+        tokens, size = model.blank_tokens(name, len(batch)), modality.signal.size
+    else:
+        size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
+    known = tokens.is_valid if is_known is None else is_known
+    spread = None if known is None else model.spread(name, known, tokens, size)[sample]
+    signal = model.tokenizers[name].detokenize(values, tokens.positions, size)  # type: ignore[operator]
+    return modality.show(signal[sample], spread)
 
 
 def count_parameters(module: torch.nn.Module) -> int:

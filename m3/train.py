@@ -103,7 +103,17 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
         open_run(run, recipe, start)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
-    order = Order(len(source), recipe.seed, plan.micro_batch, plan.accumulation, rank, world, start, plan.steps)
+    order = Order(
+        len(source),
+        recipe.seed,
+        plan.micro_batch,
+        plan.accumulation,
+        rank,
+        world,
+        start,
+        plan.steps,
+        recipe.data.repeats,
+    )
     batches = iter(train_loader(samples, order, recipe.data.workers))
     clock = Clock(console, start, spec.batch_size, len(source))
     bar = tqdm(

@@ -46,6 +46,7 @@ class Batch:
         labels: label name -> (B,) int64, for probes; never seen by the model.
         ids: B names for messages.
         skipped: sentences about samples that could not be read and were replaced.
+        times: modality -> (B, T) float32 seconds of the steps of a recording, for modalities that know them.
     """
 
     signals: dict[str, Tensor]
@@ -54,6 +55,7 @@ class Batch:
     labels: dict[str, Tensor] = field(default_factory=dict)
     ids: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    times: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -69,7 +71,7 @@ class Batch:
     def _map(self, move) -> Batch:
         moved = {
             name: {key: move(value) for key, value in getattr(self, name).items()}
-            for name in ("signals", "is_present", "labels")
+            for name in ("signals", "times", "is_present", "labels")
         }
         return replace(self, keys=move(self.keys), **moved)
 

@@ -5,7 +5,6 @@ Letters: B batch, H height, W width, n known positions of one map.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -15,8 +14,9 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from m3.data.geometry import fit_map
+from m3.drawing import hide
 from m3.errors import M3Error
-from m3.plugins import Crop, Modality, Signal, Strict
+from m3.plugins import Crop, File, Modality, Signal, Strict, ending
 
 
 class Depth(Modality):
@@ -43,6 +43,7 @@ class Depth(Modality):
         std: float = 1.0
 
     extensions = (".png", ".tif", ".tiff", ".npy")
+    is_map = True
     measure = "L1 error"
 
     def __init__(self, spec: Spec) -> None:
@@ -58,13 +59,13 @@ class Depth(Modality):
         """Return maps of 0 metres, float32 (B, H, W)."""
         return torch.zeros(count, *self.size)
 
-    def load(self, path: Path) -> np.ndarray:
+    def load(self, file: File) -> np.ndarray:
         """Read an integer or float image, or a .npy array in metres -> float32 (H, W) metres."""
-        if path.suffix.lower() == ".npy":
-            stored = np.load(path, allow_pickle=False)
+        if ending(file) == ".npy":
+            stored = np.load(file, allow_pickle=False)
             unit = 1.0
         else:
-            with PILImage.open(path) as image:
+            with PILImage.open(file) as image:
                 stored = np.array(image)
             unit = self.spec.unit if np.issubdtype(stored.dtype, np.integer) else 1.0
         metres = stored.astype(np.float32) * np.float32(unit)
@@ -93,14 +94,14 @@ class Depth(Modality):
             return ((raw - self.spec.mean) / self.spec.std).unsqueeze(1)
         return truncated_standardise(raw).unsqueeze(1)
 
-    def show(self, signal: Tensor) -> np.ndarray:
+    def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw (1, H, W): near is bright, -2.5 to 2.5 deviations; unknown positions are grey."""
         from matplotlib import colormaps
 
         x = signal[0].float().cpu().numpy()
         colours = colormaps["magma_r"](np.clip((np.nan_to_num(x) + 2.5) / 5, 0, 1))[..., :3]
         colours[np.isnan(x)] = 0.5
-        return (colours * 255).round().astype(np.uint8)
+        return hide((colours * 255).round().astype(np.uint8), is_known)
 
     def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
         """Sum absolute errors of known positions and their number -> (2,)."""

@@ -5,7 +5,6 @@ Letters: B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,9 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from m3.data.geometry import fit_map
+from m3.drawing import hide
 from m3.errors import M3Error
-from m3.plugins import Crop, Modality, Signal, Strict
+from m3.plugins import Crop, File, Modality, Signal, Strict
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -42,6 +42,7 @@ class Image(Modality):
         std: tuple[float, ...] | None = None
 
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+    is_map = True
     measure = "PSNR dB"
     higher_is_better = True
 
@@ -66,9 +67,9 @@ class Image(Modality):
         """Return black images, uint8 (B, C, H, W)."""
         return torch.zeros(count, self.spec.channels, *self.size, dtype=torch.uint8)
 
-    def load(self, path: Path) -> PILImage.Image:
+    def load(self, file: File) -> PILImage.Image:
         """Decode an image file, turned upright as its EXIF data say."""
-        with PILImage.open(path) as image:
+        with PILImage.open(file) as image:
             image.load()
             return ImageOps.exif_transpose(image)
 
@@ -100,11 +101,11 @@ class Image(Modality):
         mean, std = self._statistics(raw.device)
         return (raw.float() - mean * 255) / (std * 255)
 
-    def show(self, signal: Tensor) -> np.ndarray:
+    def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw (C, H, W); the first three channels, or the first one in grey."""
         pixels = self._pixels(signal.unsqueeze(0))[0].permute(1, 2, 0)
         pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].expand(-1, -1, 3)
-        return (pixels * 255).round().to(torch.uint8).cpu().numpy()
+        return hide((pixels * 255).round().to(torch.uint8).cpu().numpy(), is_known)
 
     def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
         """Sum squared errors of pixels in [0, 1] and their number -> (2,)."""

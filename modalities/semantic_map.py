@@ -5,7 +5,6 @@ Letters: B batch, H height, W width, K classes.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,9 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from m3.data.geometry import fit_map
+from m3.drawing import hide
 from m3.errors import M3Error
-from m3.plugins import Crop, Modality, Signal, Strict
+from m3.plugins import Crop, File, Modality, Signal, Strict, ending
 
 
 class SemanticMap(Modality):
@@ -36,6 +36,7 @@ class SemanticMap(Modality):
         ignore: int | None = None
 
     extensions = (".png", ".tif", ".tiff", ".npy")
+    is_map = True
     measure = "mIoU"
     higher_is_better = True
 
@@ -54,11 +55,11 @@ class SemanticMap(Modality):
         """Return maps of class 0, (B, H, W)."""
         return torch.zeros(count, *self.size, dtype=self._stored)
 
-    def load(self, path: Path) -> np.ndarray:
+    def load(self, file: File) -> np.ndarray:
         """Read an image of class ids (palette images: the index) or a .npy array -> integer (H, W)."""
-        if path.suffix.lower() == ".npy":
-            return np.load(path, allow_pickle=False)
-        with PILImage.open(path) as image:
+        if ending(file) == ".npy":
+            return np.load(file, allow_pickle=False)
+        with PILImage.open(file) as image:
             return np.array(image)
 
     def to_raw(self, sample: Any) -> Tensor:
@@ -91,14 +92,14 @@ class SemanticMap(Modality):
         classes = raw.long()
         return classes if self.spec.ignore is None else classes.masked_fill(classes == self._unknown, -1)
 
-    def show(self, signal: Tensor) -> np.ndarray:
+    def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw (H, W) ids in distinct colours; unknown positions are black."""
         from matplotlib import colormaps
 
         ids = signal.cpu().numpy()
         colours = (colormaps["tab20"](range(20))[:, :3] * 255).round().astype(np.uint8)[ids % 20]
         colours[ids < 0] = 0
-        return colours
+        return hide(colours, is_known)
 
     def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
         """Count intersections, predicted and true positions of each class -> (3, K)."""

@@ -45,11 +45,10 @@ class ClassPatch(Tokenizer):
         self.class_embedding = nn.Embedding(signal.classes + signal.has_gaps, spec.class_width)
         self.projection = Linear(self.value_width * spec.class_width, width)
 
-    def tokenize(self, signal: Tensor) -> Tokens:
+    def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:
         """Cut (B, H, W) int64 class ids into tokens with values (B, N, P)."""
-        rows, columns = grid_of(signal.shape[1:], self.patch)
         values = patchify(signal.unsqueeze(1), self.patch)
-        return Tokens(values, grid(rows, columns, self.reference, signal.device))
+        return Tokens(values, grid(grid_of(signal.shape[1:], self.patch), self.reference, signal.device))
 
     def embed(self, values: Tensor) -> Tensor:
         """Project class ids (B, S, P) to (B, S, D)."""
@@ -57,7 +56,7 @@ class ClassPatch(Tokenizer):
             values = values.masked_fill(values < 0, self.signal.classes)
         return self.projection(self.class_embedding(values).flatten(2))
 
-    def detokenize(self, values: Tensor, size: tuple[int, ...]) -> Tensor:
+    def detokenize(self, values: Tensor, positions: Tensor, size: tuple[int, ...]) -> Tensor:
         """Put class ids (B, N, P) together to (B, H, W)."""
         return unpatchify(values, self.patch, size).squeeze(1)
 

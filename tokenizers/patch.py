@@ -72,17 +72,16 @@ class Patch(Tokenizer):
         self.value_width = self.output_width = signal.channels * self.patch[0] * self.patch[1]
         self.projection = Linear(self.value_width, width)
 
-    def tokenize(self, signal: Tensor) -> Tokens:
+    def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:
         """Cut (B, C, H, W) float into tokens with values (B, N, P); any H and W that the patch divides."""
         values = patchify(signal, self.patch)
-        rows, columns = grid_of(signal.shape[2:], self.patch)
-        return Tokens(values, grid(rows, columns, self.reference, signal.device))
+        return Tokens(values, grid(grid_of(signal.shape[2:], self.patch), self.reference, signal.device))
 
     def embed(self, values: Tensor) -> Tensor:
         """Project (B, S, P) to (B, S, D); values that nobody knows (NaN) enter as 0, the mean."""
         return self.projection(values.nan_to_num(0.0) if self.signal.has_gaps else values)
 
-    def detokenize(self, values: Tensor, size: tuple[int, ...]) -> Tensor:
+    def detokenize(self, values: Tensor, positions: Tensor, size: tuple[int, ...]) -> Tensor:
         """Put (B, N, P) together to (B, C, H, W)."""
         return unpatchify(values, self.patch, size)
 

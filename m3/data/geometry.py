@@ -37,19 +37,19 @@ def random_crop(key: int, scale: tuple[float, float] | None, flip: float, size: 
 
 
 def fit_map(x: Tensor, size: tuple[int, int], crop: Crop, interpolation: Interpolation) -> Tensor:
-    """Crop and resize a map (C, H, W) to (C, *size).
+    """Crop and resize maps (..., H, W) to (..., *size).
 
     Args:
-        x: the map.
+        x: the map, or the frames of a video.
         size: (height, width) of the result.
         crop: which part, mirrored or not.
         interpolation: `bicubic` with antialiasing, or `nearest-exact` where values must not be
             mixed; both measure from pixel centres, so maps stay aligned.
     """
-    height, width = x.shape[1:]
+    height, width = x.shape[-2:]
     if crop == Crop() and (height, width) == size:
         return x
-    top, left, part_height, part_width = crop.box or _centre(height, width, size)
+    top, left, part_height, part_width = crop.window(height, width, size)
     functional = _torchvision().transforms.v2.functional
     mode = _torchvision().transforms.InterpolationMode(interpolation)
     rows, columns = max(1, round(part_height * height)), max(1, round(part_width * width))
@@ -57,12 +57,6 @@ def fit_map(x: Tensor, size: tuple[int, int], crop: Crop, interpolation: Interpo
     box = (min(round(top * height), height - rows), min(round(left * width), width - columns), rows, columns)
     x = functional.resized_crop(x, *box, size=list(size), interpolation=mode, antialias=interpolation == "bicubic")
     return functional.horizontal_flip(x) if crop.is_flipped else x
-
-
-def _centre(height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
-    scale = min(height / size[0], width / size[1])
-    h, w = size[0] * scale / height, size[1] * scale / width
-    return (1 - h) / 2, (1 - w) / 2, h, w
 
 
 def _torchvision():

@@ -8,7 +8,8 @@ at step s needs to know nothing but s.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from random import Random
 
 import torch
 from torch import Tensor
@@ -33,8 +34,9 @@ class Loaded:
     signals: dict[str, Tensor]
     position: int
     id: str
-    labels: dict[str, int]
-    skipped: tuple[str, ...]
+    times: dict[str, Tensor] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    skipped: tuple[str, ...] = ()
 
 
 class Samples(Dataset[Loaded]):
@@ -44,6 +46,7 @@ class Samples(Dataset[Loaded]):
         if not len(source):
             raise M3Error(f"data: the source `{spec.source}` has no samples for `{source.split}`; add data.")
         self.source, self.modalities, self.spec, self.seed = source, modalities, spec, seed
+        self._last: tuple[int, Sample] | None = None
 
     def __getitem__(self, at: tuple[int, int]) -> Loaded:
         """Read a sample; an unreadable one is replaced by the next and named in `skipped`."""
@@ -52,40 +55,94 @@ class Samples(Dataset[Loaded]):
         for shift in range(TRIES):
             number = (index + shift) % len(self.source)
             try:
-                sample = self.source.read(number)
-                return Loaded(self._fit(sample, position), position, sample.id, sample.labels, tuple(skipped))
+                return self._load(self._read(number), position, tuple(skipped))
             except Exception as error:  # whatever a broken file raises; it is counted, named and limited
                 skipped.append(f"{self.source.name(number)}: {error}")
         raise M3Error(f"{TRIES} samples in a row can't be read; the first: {skipped[0]}")
 
-    def _fit(self, sample: Sample, position: int) -> dict[str, Tensor]:
-        raw = {name: self.modalities[name].to_raw(signal) for name, signal in sample.signals.items()}
-        crop = Crop()
-        if self.source.split == "train" and (self.spec.crop or self.spec.flip):
-            key = stream_number(f"crop/{self.seed}/{position}")
-            height, width = next((x.shape[-2:] for x in raw.values() if x.ndim >= 2), (1, 1))
-            crop = random_crop(key, self.spec.crop, self.spec.flip, (height, width))
-        return {name: self.modalities[name].fit(x, crop) for name, x in raw.items()}
+    def collate(self, samples: list[Loaded]) -> Batch:
+        """Make a batch of samples."""
+        return collate(samples, self.modalities)
+
+    def _read(self, number: int) -> Sample:
+        """Read a sample, or take the last one again: repeated crops are decoded once."""
+        if self._last is None or self._last[0] != number:
+            self._last = (number, self.source.read(number))
+        return self._last[1]
+
+    def _load(self, sample: Sample, position: int, skipped: tuple[str, ...]) -> Loaded:
+        draws = Random(stream_number(f"crop/{self.seed}/{position}"))
+        is_training = self.source.split == "train"
+        there = [name for name in self.modalities if name in sample.signals]
+        if is_training and self.spec.drop:
+            there = _keep_some(there, self.spec.drop, draws)
+        if not there:
+            raise M3Error(f"{sample.id} has none of {', '.join(self.modalities)}; give every sample at least one.")
+        moment = draws.random() if is_training else 0.5
+        parts = {name: self.modalities[name].cut(sample.signals[name], moment) for name in there}
+        raw = {name: self.modalities[name].to_raw(part) for name, part in parts.items()}
+        crop = self._crop(raw, draws.getrandbits(63)) if is_training else Crop()
+        known = {name: self.modalities[name].times(part) for name, part in parts.items()}
+        return Loaded(
+            {name: self.modalities[name].fit(x, crop) for name, x in raw.items()},
+            position,
+            sample.id,
+            {name: times for name, times in known.items() if times is not None},
+            sample.labels,
+            skipped,
+        )
+
+    def _crop(self, raw: dict[str, Tensor], key: int) -> Crop:
+        """Draw the crop that all maps of a sample share."""
+        maps = [x for name, x in raw.items() if self.modalities[name].is_map]
+        if not maps or not (self.spec.crop or self.spec.flip):
+            return Crop()
+        height, width = maps[0].shape[-2:]
+        return random_crop(key, self.spec.crop, self.spec.flip, (height, width))
 
 
-def collate(samples: list[Loaded]) -> Batch:
-    """Stack samples; where one lacks a modality that another has, a blank is stacked and `is_present` says so."""
-    signals, is_present = {}, {}
-    names = dict.fromkeys(name for sample in samples for name in sample.signals)
-    for name in names:
+def _keep_some(names: list[str], drop: float | dict[str, float], draws: Random) -> list[str]:
+    """Leave out each modality with its own probability, but never the last one."""
+    chance = {name: drop.get(name, 0.0) if isinstance(drop, dict) else drop for name in names}
+    kept = [name for name in names if draws.random() >= chance[name]]
+    return kept or [draws.choice(names)] if names else []
+
+
+def collate(samples: list[Loaded], modalities: dict[str, Modality]) -> Batch:
+    """Stack samples; shorter ones are filled up with the modality's `padding`.
+
+    Where a sample lacks a modality that another has, a blank is stacked and `is_present` says so.
+    """
+    signals, is_present, times = {}, {}, {}
+    for name in [n for n in modalities if any(n in s.signals for s in samples)]:
         blank = torch.zeros_like(next(s.signals[name] for s in samples if name in s.signals))
-        signals[name] = torch.stack([s.signals.get(name, blank) for s in samples])
+        signals[name] = _stack([s.signals.get(name, blank) for s in samples], name, modalities[name].padding)
         if not all(name in s.signals for s in samples):
             is_present[name] = torch.tensor([name in s.signals for s in samples])
-    labels = {key: torch.tensor([s.labels[key] for s in samples]) for key in samples[0].labels}
+        known = [s.times.get(name) for s in samples]
+        filling = next((t for t in known if t is not None), None)
+        if filling is not None:
+            times[name] = torch.stack([filling if t is None else t for t in known])
+    labels = {key: torch.tensor([s.labels.get(key, -1) for s in samples]) for key in samples[0].labels}
     return Batch(
         signals=signals,
         keys=torch.tensor([s.position for s in samples]),
+        times=times,
         is_present=is_present,
         labels=labels,
         ids=tuple(s.id for s in samples),
         skipped=tuple(message for s in samples for message in s.skipped),
     )
+
+
+def _stack(values: list[Tensor], name: str, padding: float | None) -> Tensor:
+    length = max(len(x) for x in values)
+    if padding is not None and any(len(x) < length for x in values):
+        values = [torch.cat([x, x.new_full((length - len(x), *x.shape[1:]), padding)]) for x in values]
+    if any(x.shape != values[0].shape for x in values):
+        shapes = sorted({tuple(x.shape) for x in values})
+        raise M3Error(f"samples of `{name}` have the shapes {shapes}; give them one size.")
+    return torch.stack(values)
 
 
 @dataclass(frozen=True)
@@ -101,6 +158,7 @@ class Order:
         world: number of processes.
         start: first step.
         stop: step after the last.
+        repeats: times in a row that a sample is used before the next one (repeated augmentation).
     """
 
     length: int
@@ -111,6 +169,7 @@ class Order:
     world: int = 1
     start: int = 0
     stop: int = 1
+    repeats: int = 1
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulation
@@ -123,10 +182,11 @@ class Order:
                 first = ((step * self.accumulation + turn) * self.world + self.rank) * self.micro_batch
                 batch = []
                 for position in range(first, first + self.micro_batch):
-                    if position // self.length != epoch:
-                        epoch = position // self.length
+                    number = position // self.repeats
+                    if number // self.length != epoch:
+                        epoch = number // self.length
                         order = shuffled(self.length, self.seed, epoch)
-                    batch.append((position, int(order[position % self.length])))
+                    batch.append((position, int(order[number % self.length])))
                 yield batch
 
 
@@ -142,7 +202,7 @@ def train_loader(samples: Samples, order: Order, workers: int) -> DataLoader[Loa
         samples,
         batch_sampler=order,  # type: ignore[arg-type]  # yields (position, index) pairs instead of indices
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=samples.collate,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )
@@ -152,4 +212,4 @@ def first_batches(samples: Samples, count: int, batch_size: int) -> Iterator[Bat
     """Yield the first `count` samples in their own order, for evaluation; loaded in this process."""
     count = min(count, len(samples.source))
     for start in range(0, count, batch_size):
-        yield collate([samples[(i, i)] for i in range(start, min(start + batch_size, count))])
+        yield samples.collate([samples[(i, i)] for i in range(start, min(start + batch_size, count))])

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from m3.errors import M3Error, nearest
 from m3.model import M3Model, Reconstruction
-from m3.plugins import Predictor
+from m3.plugins import Predictor, Signal
 from m3.recipe import TaskSpec
-from m3.types import Batch
+from m3.types import Batch, Tokens
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,30 @@ class Row:
 
 
 def fit_averages(model: M3Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Average the training samples: modality -> mean signal (C, H, W), or class frequencies (K, H, W)."""
+    """Average the tokens of training samples: modality -> mean (N, P), or class frequencies (N, P, K)."""
     sums: dict[str, Tensor] = {}
     counts: dict[str, Tensor] = {}
     for batch in batches:
-        for name, raw in batch.to(model.device).signals.items():
-            modality = model.modalities[name]
-            x = modality.normalise(raw)
-            if modality.signal.kind == "classes":
-                x = F.one_hot(x.clamp(min=-1) + 1, modality.signal.classes + 1)[..., 1:].movedim(-1, 1).float()
-            sums[name] = sums.get(name, 0) + x.nan_to_num(0.0).sum(0)
-            counts[name] = counts.get(name, 0) + (~x.isnan()).sum(0)
+        for name, part in model.tokenise(batch.to(model.device)).items():
+            values = part.values
+            if part.is_valid is not None:
+                values = values.masked_fill(
+                    ~part.is_valid.unsqueeze(-1), torch.nan if values.is_floating_point() else -1
+                )
+            if not values.is_floating_point():
+                classes = model.modalities[name].signal.classes
+                values = F.one_hot(values.clamp(min=-1) + 1, classes + 1)[..., 1:].float()
+            sums[name] = _add(sums.get(name), values.nan_to_num(0.0).sum(0))
+            counts[name] = _add(counts.get(name), (~values.isnan()).sum(0).float())
     return {name: total / counts[name].clamp(min=1) for name, total in sums.items()}
+
+
+def _add(old: Tensor | None, new: Tensor) -> Tensor:
+    """Add two sums over tokens; recordings of different lengths have different numbers of them."""
+    if old is None:
+        return new
+    length = max(len(old), len(new))
+    return sum(torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])]) for x in (old, new))  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -125,67 +137,77 @@ def _score(
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of the model and of the baseline over the positions that the encoder did not see."""
     name = targets_of(model)[task.target]
-    modality = model.modalities[name]
-    truth = modality.normalise(batch.signals[name])
-    size = truth.shape[-len(modality.signal.size) :]
-    seen = result.is_visible.get(name)
-    weight = torch.ones(len(batch), *size, device=truth.device) if seen is None else (~seen).float()
-    if name in batch.is_present:
-        weight = weight * batch.is_present[name].view(-1, *[1] * len(size))
+    modality, tokens = model.modalities[name], result.tokens[name]
+    is_asked = torch.ones(tokens.values.shape[:2], dtype=torch.bool, device=model.device)
+    if name in result.is_visible:
+        is_asked = ~result.is_visible[name]
+    if tokens.is_valid is not None:
+        is_asked = is_asked & tokens.is_valid
     if task.baseline == "patch_mean":
-        return _relative_errors(model, task.target, truth, weight, result)
+        return _relative_errors(model, task.target, tokens, is_asked, result)
     if task.baseline == "neighbours":
-        guess = neighbours(model, batch, name, result)
+        guess = neighbours(modality.signal, tokens, result.is_visible[name])
     else:
-        guess = constant(averages[name], modality.signal.kind, by_position=task.baseline == "average_map")
-        guess = guess.expand_as(truth)
-    return modality.score(result.predicted[task.target], truth, weight), modality.score(guess, truth, weight)
+        guess = constant(averages[name], modality.signal, task.baseline == "average_map", tokens)
+    size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
+
+    def signal(values: Tensor) -> Tensor:
+        return model.tokenizers[name].detokenize(values, tokens.positions, size)  # type: ignore[operator]
+
+    truth, weight = signal(tokens.values), model.spread(name, is_asked, tokens, size)
+    return modality.score(result.predicted[task.target], truth, weight), modality.score(signal(guess), truth, weight)
 
 
 def _relative_errors(
-    model: M3Model, target: str, truth: Tensor, weight: Tensor, result: Reconstruction
+    model: M3Model, target: str, tokens: Tokens, is_asked: Tensor, result: Reconstruction
 ) -> tuple[Tensor, Tensor]:
     """Sum squared errors of normalised patches, and of 0 (the patch's mean) in their place, with their number."""
     predictor = next(p for p in predictors(model) if target in p.modality_of)
-    tokenizer = model.tokenizers[predictor.modality_of[target]]
-    tokens = tokenizer.tokenize(truth)  # type: ignore[operator]  # ModuleDict forgets the class of its values
-    channels = model.modalities[predictor.modality_of[target]].signal.channels
-    spread = weight.unsqueeze(1).expand(-1, channels, *weight.shape[1:])
-    asked = tokenizer.tokenize(spread).values.mean(-1)  # type: ignore[operator]
     wanted = predictor.truth(target, tokens)
     own = (result.output[target].float() - wanted).square().mean(-1)
     theirs = wanted.square().mean(-1)
-    count = asked.sum()
-    return torch.stack([(own * asked).sum(), count]).double(), torch.stack([(theirs * asked).sum(), count]).double()
+    count = is_asked.sum()
+    return (
+        torch.stack([(own * is_asked).sum(), count]).double(),
+        torch.stack([(theirs * is_asked).sum(), count]).double(),
+    )
 
 
-def constant(average: Tensor, kind: str, by_position: bool) -> Tensor:
-    """Return the best constant (per channel, or per position) for averages (C or K, *size): a (1, ...) signal."""
+def constant(average: Tensor, signal: Signal, by_position: bool, tokens: Tokens) -> Tensor:
+    """Return the best constant token values (B, N, P), the same for all samples, and position by position on demand.
+
+    Args:
+        average: from `fit_averages`, (N, P) or (N, P, K).
+        signal: of the modality.
+        by_position: every place has its own average; otherwise one per channel, or one class, for all.
+        tokens: those that are to be guessed.
+    """
     if not by_position:
-        average = average.flatten(1).mean(1).view(-1, *[1] * (average.ndim - 1)).expand_as(average)
-    return (average.argmax(0) if kind == "classes" else average).unsqueeze(0)
+        channels = signal.channels if signal.kind == "values" else 1
+        inner = average.unflatten(1, (channels, -1) if signal.channel_axis == 1 else (-1, channels))
+        axis = 2 if signal.channel_axis == 1 else 1
+        average = inner.mean((0, axis), keepdim=True).expand_as(inner).flatten(1, 2)
+    guess = average.argmax(-1) if signal.kind == "classes" else average
+    batch, count = tokens.values.shape[:2]
+    if len(guess) < count:  # longer than any that was averaged: the last place's average
+        guess = torch.cat([guess, guess[-1:].expand(count - len(guess), -1)])
+    return guess[:count].expand(batch, -1, -1)
 
 
-def neighbours(model: M3Model, batch: Batch, name: str, result: Reconstruction) -> Tensor:
-    """Predict each token as the mean, per channel, of the visible tokens next to it (diagonals included).
+def neighbours(signal: Signal, tokens: Tokens, is_visible: Tensor) -> Tensor:
+    """Predict each token as the mean, per channel, of the visible tokens next to it (diagonals included): (B, N, P).
 
     A token without a visible neighbour gets the mean of all visible tokens of its sample, or 0, the mean of
     the data, if there are none.
     """
-    tokenizer, signal = model.tokenizers[name], model.modalities[name].signal
     if signal.kind != "values":
-        raise M3Error(f"baseline `neighbours` averages values, but `{name}` holds classes; use `constant`.")
-    truth = model.modalities[name].normalise(batch.signals[name])
-    size = tuple(truth.shape[-len(signal.size) :])
-    tokens = tokenizer.tokenize(truth)  # type: ignore[operator]  # ModuleDict forgets the class of its values
+        raise M3Error("baseline `neighbours` averages values, but the target holds classes; use `constant`.")
     colour = tokens.values.nan_to_num(0.0).unflatten(-1, (signal.channels, -1)).mean(-1)  # (B, N, C)
-    spread = result.is_visible[name].unsqueeze(1).expand(-1, signal.channels, *size).float()
-    seen = (tokenizer.tokenize(spread).values.mean(-1) > 0.5).float()  # type: ignore[operator]
+    seen = is_visible.float()
     steps = (tokens.positions[0].unsqueeze(1) - tokens.positions[0].unsqueeze(0)).abs()
     is_near = (steps < 1.5).all(-1).float()  # (N, N)
     near = torch.einsum("nm,bm,bmc->bnc", is_near, seen, colour)
     near_count = torch.einsum("nm,bm->bn", is_near, seen).unsqueeze(-1)
     everywhere = (colour * seen.unsqueeze(-1)).sum(1, keepdim=True) / seen.sum(1).clamp(min=1)[:, None, None]
     guess = torch.where(near_count > 0, near / near_count.clamp(min=1), everywhere)
-    values = guess.unsqueeze(-1).expand(-1, -1, -1, tokens.values.shape[-1] // signal.channels).flatten(2)
-    return tokenizer.detokenize(values, size)  # type: ignore[operator]
+    return guess.unsqueeze(-1).expand(-1, -1, -1, tokens.values.shape[-1] // signal.channels).flatten(2)

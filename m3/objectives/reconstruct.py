@@ -79,7 +79,9 @@ class Reconstruct(Predictor):
             part, settings = build_spec("targets", target.target, f"targets.{name}.target")
             self.providers[name] = part(settings, tokenizer)
             decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")
-            self.decoders[name] = decoder(settings, backbone, self.inputs, modality, self.providers[name].width)
+            self.decoders[name] = decoder(
+                settings, backbone, tokenizers, self.inputs, modality, self.providers[name].width
+            )
             self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
             _check_loss(name, target.loss, tokenizer)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None

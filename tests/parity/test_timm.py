@@ -106,8 +106,7 @@ def test_encoder_equals_timm(size, patch, width, depth, heads, final_norm):
 def test_the_comparison_sees_a_swapped_axis():
     theirs, ours = build_pair((32, 48), (8, 8), 32, 1, 2, True)
     x = torch.arange(2 * 3 * 32 * 48).reshape(2, 3, 32, 48).remainder(251).to(torch.uint8)
-    spec = ours.backbone.spec
-    ours.backbone.spec = spec.model_copy(update={"axis_order": "yx"})
+    ours.positions["image"].axis_order = "yx"
     with torch.no_grad():
         expected = theirs.forward_features(ours.modalities["image"].normalise(x))
     found = ours.encode(Batch({"image": x}, keys=torch.arange(2))).sequence

@@ -86,9 +86,10 @@ def test_crops_follow_their_settings() -> None:
 
 
 def test_a_sample_may_lack_a_modality() -> None:
-    full = Loaded({"image": torch.arange(3), "depth": torch.arange(2.0)}, 4, "a", {"shape": 1}, ())
-    lacking = Loaded({"image": torch.arange(3) + 5}, 9, "b", {"shape": 2}, ("c: broken",))
-    batch = collate([full, lacking])
+    full = Loaded({"image": torch.arange(3), "depth": torch.arange(2.0)}, 4, "a", labels={"shape": 1})
+    lacking = Loaded({"image": torch.arange(3) + 5}, 9, "b", {}, {"shape": 2}, ("c: broken",))
+    modalities = build_modalities({"image": {"type": "image"}, "depth": {"type": "depth"}})
+    batch = collate([full, lacking], modalities)
     assert batch.keys.tolist() == [4, 9]
     assert list(batch.is_present) == ["depth"]
     assert batch.is_present["depth"].tolist() == [True, False]

@@ -1,12 +1,18 @@
 """Sin-cos positions: against a slow loop, MAE's layout, and coordinates of grids of any shape."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from m3.errors import M3Error
-from m3.positions import embed_positions, grid, sincos
+from m3.positions import Sincos, grid, sincos
+
+
+def embed_positions(positions: torch.Tensor, width: int, axis_order: str) -> torch.Tensor:
+    tokenizer = SimpleNamespace(axes=positions.shape[-1])
+    return Sincos(Sincos.Spec(), tokenizer, width, axis_order)(positions)  # type: ignore[arg-type]
 
 
 def slow_sincos(coordinates: list[float], width: int) -> list[float]:
@@ -62,7 +68,7 @@ def mae_table(width: int, rows: int, columns: int) -> torch.Tensor:
 
 
 def test_first_half_of_the_channels_encodes_x_as_in_mae():
-    positions = grid(3, 5, (3, 5), torch.device("cpu"))
+    positions = grid((3, 5), (3, 5), torch.device("cpu"))
     torch.testing.assert_close(embed_positions(positions, 16, "xy")[0], mae_table(16, 3, 5), rtol=0, atol=1e-6)
     table = embed_positions(positions, 16, "xy")[0].reshape(3, 5, 16)
     assert torch.equal(table[0, :, :8], table[2, :, :8])  # the same in every row
@@ -73,7 +79,7 @@ def test_first_half_of_the_channels_encodes_x_as_in_mae():
 
 
 def test_non_square_grid_counts_row_by_row():
-    positions = grid(3, 5, (3, 5), torch.device("cpu"))[0]
+    positions = grid((3, 5), (3, 5), torch.device("cpu"))[0]
     assert positions.tolist() == [[float(y), float(x)] for y in range(3) for x in range(5)]
     assert (positions[1] - positions[0]).tolist() == [0, 1]  # right neighbour
     assert (positions[5] - positions[0]).tolist() == [1, 0]  # neighbour below
@@ -82,7 +88,7 @@ def test_non_square_grid_counts_row_by_row():
 
 
 def test_non_square_neighbours_are_alike_and_distant_tokens_are_not():
-    table = embed_positions(grid(3, 5, (3, 5), torch.device("cpu")), 64, "xy")[0]
+    table = embed_positions(grid((3, 5), (3, 5), torch.device("cpu")), 64, "xy")[0]
     distance = torch.cdist(table, table)
     centre = 1 * 5 + 2
     near = [centre - 1, centre + 1, centre - 5, centre + 5]
@@ -91,23 +97,29 @@ def test_non_square_neighbours_are_alike_and_distant_tokens_are_not():
 
 
 def test_finer_grid_lies_between_the_reference_centres():
-    positions = grid(8, 8, (4, 4), torch.device("cpu"))[0].reshape(8, 8, 2)
+    positions = grid((8, 8), (4, 4), torch.device("cpu"))[0].reshape(8, 8, 2)
     centres = [-0.25, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3.25]
     assert positions[:, 3, 0].tolist() == centres
     assert positions[3, :, 1].tolist() == centres
     # The mean of the 2 x 2 fine patches that make up a coarse one is the coarse one's centre.
     means = positions.reshape(4, 2, 4, 2, 2).mean((1, 3))
-    assert torch.equal(means.reshape(1, 16, 2), grid(4, 4, (4, 4), torch.device("cpu")))
+    assert torch.equal(means.reshape(1, 16, 2), grid((4, 4), (4, 4), torch.device("cpu")))
 
 
 def test_grid_scales_each_axis_by_itself():
-    positions = grid(2, 6, (4, 3), torch.device("cpu"))[0].reshape(2, 6, 2)
+    positions = grid((2, 6), (4, 3), torch.device("cpu"))[0].reshape(2, 6, 2)
     assert positions[:, 0, 0].tolist() == [0.5, 2.5]
     assert positions[0, :, 1].tolist() == [-0.25, 0.25, 0.75, 1.25, 1.75, 2.25]
 
 
-@pytest.mark.parametrize(("axes", "width", "unit"), [(1, 15, 2), (2, 18, 4), (3, 16, 6)])
-def test_a_width_that_does_not_divide_is_refused(axes, width, unit):
-    text = rf"width {width} must be divisible by {unit} for sin-cos positions over {axes} axes.*multiple of {unit}\."
-    with pytest.raises(M3Error, match=text):
-        sincos(torch.arange(axes, dtype=torch.float32), width)
+@pytest.mark.parametrize(("axes", "width", "used"), [(1, 15, 14), (2, 18, 16), (3, 16, 12)])
+def test_channels_left_over_are_zero(axes, width, used):
+    found = sincos(torch.arange(1, axes + 1, dtype=torch.float32), width)
+    assert found.shape == (width,)
+    assert torch.equal(found[:used], sincos(torch.arange(1, axes + 1, dtype=torch.float32), used))
+    assert not found[used:].any()
+
+
+def test_a_width_without_room_is_refused():
+    with pytest.raises(M3Error, match=r"^width 4 is too small for sin-cos positions over 3 axes; use at least 6\.$"):
+        sincos(torch.arange(3, dtype=torch.float32), 4)

@@ -72,7 +72,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
         ("modalities.image.type=null", "^modalities.image: there is no `type`; add one. Valid: `depth`, `image`, "),
         ("modalities.image.tokenizer=null", "^modalities.image.tokenizer: this key is required; add it, e.g. "),
         ("objectives.reconstruct.decoder.heads=3", "divisi.*heads"),
-        ("backbone.width=18", "width 18 must be divisible by 4 for sin-cos positions over 2 axes"),
+        ("backbone={width: 2, heads: 1}", "width 2 is too small for sin-cos positions over 2 axes; use at least 4"),
     ],
 )
 def test_a_wrong_part_is_refused_when_the_model_is_built(tmp_path: Path, override: str, sentence: str) -> None:

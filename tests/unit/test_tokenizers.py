@@ -52,7 +52,7 @@ def test_a_finer_map_lies_between_the_coordinates_of_the_reference() -> None:
 def test_a_map_is_put_together_again_by_its_tokenizer() -> None:
     x = torch.arange(2 * 2 * 8 * 18.0).reshape(2, 2, 8, 18)
     part = patch()
-    assert torch.equal(part.detokenize(part.decode(part.tokenize(x).values), (8, 18)), x)
+    assert torch.equal(part.detokenize(part.decode(part.tokenize(x).values), part.tokenize(x).positions, (8, 18)), x)
 
 
 def test_the_projection_is_that_of_a_convolution() -> None:
@@ -81,7 +81,7 @@ def test_class_patches_hold_ids_in_order_and_come_back() -> None:
     assert tokens.values.dtype == torch.int64
     assert tokens.values[0, 0].tolist() == [-1, 0, 1, -1, 0, 1]
     assert tokens.values[0, 3].tolist() == [2, 3, 4, 2, 3, 4]
-    assert torch.equal(part.detokenize(tokens.values, (4, 6)), ids)
+    assert torch.equal(part.detokenize(tokens.values, tokens.positions, (4, 6)), ids)
 
 
 def test_unknown_classes_have_a_row_of_their_own() -> None:
