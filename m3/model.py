@@ -6,7 +6,7 @@ Letters: B batch, N content tokens of a modality, V visible tokens, D width, P v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Reconstruction:
         output: target -> (B, N, output width) what the decoder itself predicted.
         values: target -> (B, N, P) the same as token values.
         tokens: modality -> the tokens of the batch.
+        modality_of: target -> modality.
         plan: what the encoder saw.
         is_visible: modality -> (B, N) bool per token, True where the encoder saw it.
     """
@@ -69,6 +70,7 @@ class Reconstruction:
     output: dict[str, Tensor]
     values: dict[str, Tensor]
     tokens: dict[str, Tokens]
+    modality_of: dict[str, str]
     plan: MaskPlan
     is_visible: dict[str, Tensor]
 
@@ -190,7 +192,8 @@ class M3Model(PreTrainedModel):
         """Embed and encode the visible tokens of one view, and only those."""
         slots, angles = {}, {}
         for name, index in plan.visible.items():
-            x = self._tokenizer(name).embed(take(tokens[name].values, index))
+            values = take(tokens[name].values, index)
+            x = self._tokenizer(name).embed(values.to(self.dtype) if values.is_floating_point() else values)
             place = self.positions[name]
             if isinstance(place, Rotary):
                 table = place.angles(tokens[name].positions, self.backbone.head_width)
@@ -199,7 +202,7 @@ class M3Model(PreTrainedModel):
                 x = x + take(place(tokens[name].positions), index)
             if name in self.modality_embeddings:
                 x = x + self.modality_embeddings[name]
-            slots[name] = x
+            slots[name] = x.to(self.dtype)
         if not angles:
             return self.backbone(plan.pack(slots), plan, layers)
         still = {name: x.new_zeros(*x.shape[:2], self.backbone.head_width // 2) for name, x in slots.items()}
@@ -220,9 +223,13 @@ class M3Model(PreTrainedModel):
 
     @torch.no_grad()
     def reconstruct(
-        self, batch: Batch, visible: float | Mapping[str, float | Tensor] | None = None, seed: int = 0
+        self,
+        batch: Batch,
+        visible: float | Mapping[str, float | Tensor] | None = None,
+        seed: int = 0,
+        objective: str | None = None,
     ) -> Reconstruction:
-        """Show a part of the batch to the encoder and predict every target of the model from it.
+        """Show a part of the batch to the encoder and predict every target of one objective from it.
 
         Args:
             batch: raw signals. A modality that is not in it is predicted all the same, at its usual size.
@@ -230,29 +237,45 @@ class M3Model(PreTrainedModel):
                 each by name, or a mask (B, N) bool, True where visible; unnamed modalities are hidden. None:
                 the masking of the recipe.
             seed: of the masks.
+            objective: name of the objective that predicts; the first one that can if left out.
         """
         batch = batch.to(self.device)
         tokens = self.tokenise(batch)
-        objective = next((o for o in self.objectives.values() if isinstance(o, Predictor)), None)
-        if objective is None:
-            raise M3Error("the model has no objective that predicts signals; reconstruct needs `type: reconstruct`.")
+        predictor = self._predictor(objective)
         draws = Draws(batch.keys, seed)
-        seen = {name: tokens[name] for name in objective.view.modalities if name in tokens}
+        seen = {name: tokens[name] for name in predictor.view.modalities if name in tokens}
         if visible is None:
-            plan = self.views[objective.view](seen, draws)
+            plan = self.views[predictor.view](seen, draws)
         else:
             plan = masking.explicit(seen, masking.masks(seen, visible, draws))
         encoded = self.encode_tokens(tokens, plan)
         predicted, outputs, guesses = {}, {}, {}
-        for name, modality in objective.modality_of.items():
-            part = tokens[modality] if modality in tokens else self.blank_tokens(modality, len(batch))
+        for name, modality in predictor.modality_of.items():
+            part = self._askable(modality, tokens, batch)
             everything = torch.arange(part.count, device=self.device).expand(len(batch), -1)
-            output = outputs[name] = objective.predict(name, encoded, {**tokens, modality: part}, everything)
-            values = self._tokenizer(modality).decode(objective.restore(name, output, part))
+            output = outputs[name] = predictor.predict(name, encoded, {**tokens, modality: part}, everything)
+            values = self._tokenizer(modality).decode(predictor.restore(name, output, part))
             guesses[name] = values
             predicted[name] = self._tokenizer(modality).detokenize(values, part.positions, self._size(batch, modality))
         is_visible = {name: _seen_tokens(tokens[name], plan, name) for name in seen}
-        return Reconstruction(predicted, outputs, guesses, tokens, plan, is_visible)
+        return Reconstruction(predicted, outputs, guesses, tokens, predictor.modality_of, plan, is_visible)
+
+    def _predictor(self, name: str | None) -> Predictor:
+        found = {n: o for n, o in self.objectives.items() if isinstance(o, Predictor)}
+        if not found:
+            raise M3Error("the model has no objective that predicts signals; reconstruct needs `type: reconstruct`.")
+        if name is not None and name not in found:
+            raise M3Error(f"the model has no objective `{name}` that predicts signals.{nearest(name, found)}")
+        return found[name] if name is not None else next(iter(found.values()))
+
+    def _askable(self, name: str, tokens: dict[str, Tokens], batch: Batch) -> Tokens:
+        """Return the tokens of `name` with a place for everything that is to be predicted, also where it is absent."""
+        if name not in tokens:
+            return self.blank_tokens(name, len(batch))
+        part = tokens[name]
+        if name not in batch.is_present or part.is_valid is None:
+            return part
+        return replace(part, is_valid=part.is_valid | ~batch.is_present[name].unsqueeze(1))
 
     def spread(self, name: str, is_token: Tensor, tokens: Tokens, size: tuple[int, ...]) -> Tensor:
         """Return (B, *size) bool per position of the signal from (B, N) bool per token of modality `name`."""

@@ -118,6 +118,9 @@ class Modality(ABC):
 
     higher_is_better: ClassVar[bool] = False
 
+    centre: ClassVar[Literal["mean", "median"]] = "mean"
+    """Which constant is best under the measure, for baselines: the median under absolute errors."""
+
     is_map: ClassVar[bool] = False
     """True where the last two axes of a raw sample are height and width, which the random crop is drawn for."""
 

@@ -129,7 +129,7 @@ class TaskSpec(Strict):
     """
 
     target: str
-    visible: dict[str, float] | None = None
+    visible: dict[str, NonNegativeInt | Share] | None = None
     baseline: Literal["neighbours", "constant", "average_map", "patch_mean"] = "constant"
 
 

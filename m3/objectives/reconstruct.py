@@ -114,13 +114,16 @@ class Reconstruct(Predictor):
 
     def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
         """Return the count of every part that `forward` will return."""
-        counts = {}
+        counts, asked = {}, 0
         for name in self.spec.targets:
             modality = self.modality_of[name]
             index, is_target = self._targets(name, plans[self.view], tokens)
             truth = self.providers[name](tokens[modality], index)
             weights = _weights(truth, is_target, self.has_gaps[name])
+            asked += index.shape[1]
             counts[name] = reduce(torch.zeros_like(truth, dtype=torch.float32), weights, self.spec.average)[1]
+        if not asked:
+            raise M3Error("the masking of `reconstruct` hides nothing that could be predicted; lower `visible`.")
         if self.log_variance is not None:
             samples = next(iter(tokens.values())).values
             counts["balance"] = torch.tensor(float(len(samples)), device=samples.device)
@@ -157,6 +160,8 @@ def reduce(losses: Tensor, weights: Tensor | None, average: str) -> tuple[Tensor
     `token` counts values; `sample` takes the mean within each sample and counts samples that have a target.
     """
     if weights is None:
+        if not losses.numel():  # nothing is asked for
+            return losses.sum(), losses.new_zeros(())
         if average == "sample":
             return losses.flatten(1).mean(1).sum(), losses.new_tensor(len(losses))
         return losses.sum(), losses.new_tensor(losses.numel())
