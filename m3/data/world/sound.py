@@ -148,7 +148,7 @@ class _Strike:
     def add(self, channel: np.ndarray, start: float, end: float, gain: float) -> None:
         """Add the strike to `channel` (S,) from `start` on, damped from `end` on; both in samples, also between two."""
         first = math.ceil(start)
-        last = int(min(len(channel), first + self.length, end + self.contact))
+        last = math.ceil(min(len(channel), first + self.length, end + self.contact))
         if last <= first:
             return
         blocks = BLOCK * np.arange(-(-(last - first) // BLOCK)) + (first - start)
