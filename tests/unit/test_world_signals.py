@@ -14,6 +14,7 @@ from m3.data.world.caption import SEEN_PIXELS
 from m3.data.world.cloud import sample_points
 from m3.data.world.derived import boxes, camera_normals
 from m3.data.world.scene import COLOURS, SHAPES, generator
+from m3.data.world.source import POINTS, SOUND
 from m3.errors import M3Error
 
 LIGHT = Light((0.0, 0.0, 1.0), strength=0.8, ambient=0.3)
@@ -47,7 +48,7 @@ def test_the_scenes_of_a_seed_stay_the_same():
 
 
 def test_uses_of_a_scene_share_no_numbers():
-    drawn = [generator(1, 2, "train", use).integers(2**62, size=50) for use in range(3)]
+    drawn = [generator(1, 2, "train", use).integers(2**62, size=50) for use in (0, SOUND, POINTS)]
     assert len(set(np.concatenate(drawn).tolist())) == 150
 
 

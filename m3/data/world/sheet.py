@@ -42,11 +42,11 @@ def contact_sheet(seed: int, split: Split, count: int, out: Path) -> None:
 
     source = WorldSource(seed, split, count, SIDE, SIDE)
     figure = Figure(figsize=(19, ROW * count), dpi=100)
-    rows = np.atleast_1d(figure.subfigures(count, 1))
+    rows = figure.add_gridspec(count, 1)
     out.parent.mkdir(parents=True, exist_ok=True)
-    for index, row in enumerate(rows):
+    for index in range(count):
         sample = source.read(index)
-        _draw(row, sample["signals"], sample["id"])
+        _draw(figure.add_subfigure(rows[index]), sample["signals"], sample["id"])
         write_wav(sample["signals"]["audio"], out.with_name(f"{out.stem}_{index}.wav"))
     figure.savefig(out)
 
@@ -62,10 +62,10 @@ def write_wav(sound: Sound, path: Path) -> None:
 
 def _draw(row: Any, signals: dict[str, Any], name: str) -> None:
     """Draw one scene into a figure, its caption above it."""
-    row.suptitle(f"{signals['text']}   ({name})", x=0.006, y=0.995, ha="left", fontsize=10)
+    row.suptitle(f"{signals['text']}   ({name})", x=0.006, y=0.98, ha="left", fontsize=10)
     pictures = _pictures(signals)
     grid = row.add_gridspec(
-        1, len(pictures) + 3, left=0.005, right=0.99, top=0.80, bottom=0.03, wspace=0.05,
+        1, len(pictures) + 3, left=0.005, right=0.99, top=0.79, bottom=0.03, wspace=0.05,
         width_ratios=[1] * len(pictures) + [1.3, 0.15, 1.8],
     )  # fmt: skip
     for cell, (title, picture) in zip(grid, pictures.items(), strict=False):
@@ -110,7 +110,7 @@ def _draw_points(axis: Any, points: np.ndarray) -> None:
         axis.plot([-3, 3], [metre, metre], [0, 0], color="0.85", lw=0.6, zorder=0)
     axis.scatter(x, y, z, c=points[:, 3:], s=3, depthshade=False, linewidths=0, zorder=1)
     axis.set(xlim=(-3, 3), ylim=(-3, 3), zlim=(0, 2))
-    axis.set_box_aspect((6, 6, 2), zoom=1.65)
+    axis.set_box_aspect((6, 6, 2), zoom=1.5)
     axis.view_init(elev=32, azim=-90)
     axis.computed_zorder = False  # the ground is always behind
     axis.set_axis_off()
