@@ -3,6 +3,21 @@
 from m3.data.world.caption import caption
 from m3.data.world.render import FAR, Frame, render
 from m3.data.world.scene import Camera, Light, Object, Scene, sample_scene
-from m3.data.world.source import WorldSource
+from m3.data.world.sound import Sound
+from m3.data.world.source import Clip, Offer, WorldSource
 
-__all__ = ["FAR", "Camera", "Frame", "Light", "Object", "Scene", "WorldSource", "caption", "render", "sample_scene"]
+__all__ = [
+    "FAR",
+    "Camera",
+    "Clip",
+    "Frame",
+    "Light",
+    "Object",
+    "Offer",
+    "Scene",
+    "Sound",
+    "WorldSource",
+    "caption",
+    "render",
+    "sample_scene",
+]
