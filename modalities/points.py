@@ -79,7 +79,10 @@ class Points(Modality):
 
     def to_raw(self, sample: Any) -> Tensor:
         """Check numbers (P, 3 + A) and leave out rows whose coordinates are all NaN -> float32 (points, 3 + A)."""
-        given = np.asarray(sample)
+        try:
+            given = np.asarray(sample)
+        except (TypeError, ValueError) as error:
+            raise M3Error(f"a point cloud must be one array of numbers ({error}); convert it first.") from error
         width = 3 + self.spec.attributes
         if given.ndim != 2 or given.shape[1] != width or given.dtype.kind not in "fiu":
             raise M3Error(
@@ -197,7 +200,7 @@ def splat(xyz: np.ndarray, colours: np.ndarray, is_known: np.ndarray) -> np.ndar
     up = np.cross(right, away)
     order = np.argsort(-(xyz @ away), kind="stable")
     xyz, colours, is_known = xyz[order], colours[order], is_known[order]
-    centre = (PICTURE - 1) / 2
+    centre = PICTURE / 2
     row = np.round(centre - xyz @ up * centre / 1.05).astype(np.int64)
     column = np.round(centre + xyz @ right * centre / 1.05).astype(np.int64)
     y, x = np.mgrid[-2:3, -2:3].reshape(2, 1, -1)

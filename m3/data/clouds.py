@@ -218,14 +218,15 @@ def _assemble(fields: dict[str, tuple[np.ndarray, np.dtype]]) -> np.ndarray:
     if packed is not None:  # the point cloud library packs three bytes into one number
         values, kind = packed
         with np.errstate(invalid="ignore"):
-            bits = values.astype(kind if kind.itemsize == 4 else "u4").view("u4")
+            bits = values.astype(kind if kind.itemsize == 4 else np.uint32).view(np.uint32)
         columns += [(bits >> shift & 255) / 255 for shift in (16, 8, 0)]
     if fields.keys() >= set(COLOURS):
         for values, kind in (fields[colour] for colour in COLOURS):
             columns.append(values if kind.kind == "f" else values / np.iinfo(kind).max)
     used = {"x", "y", "z", "rgb", "rgba", *COLOURS}
     columns += [values for name, (values, kind) in fields.items() if kind.kind == "f" and name not in used]
-    return np.stack([column.astype(np.float64) for column in columns], 1)
+    with np.errstate(invalid="ignore"):  # some bit patterns of NaN would raise a warning
+        return np.stack([column.astype(np.float64) for column in columns], 1)
 
 
 # -- arrays and text ------------------------------------------------------------------------------------
