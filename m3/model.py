@@ -75,6 +75,13 @@ class Reconstruction:
     is_visible: dict[str, Tensor]
 
 
+def resolved(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings of a modality with the content of files in the place of their paths."""
+    own = {key: value for key, value in settings.items() if key not in ("tokenizer", "positions")}
+    part, _ = build_spec("modalities", own, where)
+    return {**settings, **part.resolve(own)}
+
+
 def build_modalities(settings: dict[str, Any]) -> dict[str, Modality]:
     """Make the modality objects of a config or recipe: name -> settings to name -> `Modality`."""
     built = {}

@@ -133,6 +133,11 @@ class Modality(ABC):
     def __init__(self, spec: Any) -> None:
         self.spec = spec
 
+    @classmethod
+    def resolve(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Put the content of files in the place of their paths, so that a model's config needs no file."""
+        return settings
+
     @property
     @abstractmethod
     def signal(self) -> Signal:

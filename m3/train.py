@@ -30,7 +30,7 @@ from m3.ema import Average
 from m3.errors import M3Error
 from m3.evaluate.reconstruction import Row, fit_averages, measure
 from m3.memory import compiled, keep_freed_memory
-from m3.model import M3Model, Prepared
+from m3.model import M3Model, Prepared, resolved
 from m3.plugins import find
 from m3.processor import M3Processor
 from m3.progress import Clock, append, cut
@@ -53,7 +53,7 @@ def build_model(recipe: Recipe) -> M3Model:
 def model_config(recipe: Recipe) -> M3Config:
     """Return the part of a recipe that describes the model."""
     return M3Config(
-        modalities=recipe.modalities,
+        modalities={name: resolved(entry, f"modalities.{name}") for name, entry in recipe.modalities.items()},
         backbone=recipe.backbone.model_dump(),
         objectives=recipe.objectives,
         seed=recipe.seed,

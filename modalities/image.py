@@ -67,7 +67,7 @@ class Image(Modality):
         """Return black images, uint8 (B, C, H, W)."""
         return torch.zeros(count, self.spec.channels, *self.size, dtype=torch.uint8)
 
-    def load(self, file: File) -> PILImage.Image:
+    def load(self, file: File) -> Any:
         """Decode an image file, turned upright as its EXIF data say."""
         with PILImage.open(file) as image:
             image.load()

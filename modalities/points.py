@@ -67,7 +67,7 @@ class Points(Modality):
     @property
     def signal(self) -> Signal:
         """Values (B, P, 3 + A); rows without a point are NaN."""
-        return Signal("values", 3 + self.spec.attributes, (self.spec.count,), has_gaps=True)
+        return Signal("values", 3 + self.spec.attributes, (self.spec.count,), has_gaps=True, channel_axis=-1)
 
     def blank(self, count: int) -> Tensor:
         """Return clouds of points at 0, float32 (B, P, 3 + A)."""

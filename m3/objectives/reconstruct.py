@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, nearest
 from m3.plugins import Predictor, Strict, Tokenizer, View, build_spec
+from m3.points import chamfer
 from m3.types import Encoded, Loss, MaskPlan, Part, Tokens
 
 
@@ -26,14 +27,15 @@ class TargetSpec(Strict):
     Attributes:
         of: modality it belongs to; the target's own name if left out.
         target: provider of the true values.
-        loss: `mse`, `l1`, `smooth_l1` (values) or `cross_entropy` (class ids).
+        loss: `mse`, `l1`, `smooth_l1` (values), `cross_entropy` (class ids), or `chamfer` (groups of points, as
+            sets; Point-MAE).
         decoder: overrides the objective's decoder.
         weight: factor on this part of the loss.
     """
 
     of: str | None = None
     target: dict = Field(default={"type": "values"})
-    loss: Literal["mse", "l1", "smooth_l1", "cross_entropy"] = "mse"
+    loss: Literal["mse", "l1", "smooth_l1", "cross_entropy", "chamfer"] = "mse"
     decoder: dict | None = None
     weight: float = 1.0
 
@@ -71,7 +73,7 @@ class Reconstruct(Predictor):
         self.view = View(self.inputs, json.dumps(spec.masking, sort_keys=True))
         self.views = (self.view,)
         self.decoders = nn.ModuleDict()
-        self.providers, self.modality_of, self.classes = {}, {}, {}
+        self.providers, self.modality_of, self.classes, self.channels = {}, {}, {}, {}
         for name, target in spec.targets.items():
             modality = target.of or name
             _check_modality(f"targets.{name}", modality, tokenizers)
@@ -83,6 +85,7 @@ class Reconstruct(Predictor):
                 settings, backbone, tokenizers, self.inputs, modality, self.providers[name].width
             )
             self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
+            self.channels[name] = tokenizer.signal.channels
             _check_loss(name, target.loss, tokenizer)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
         self.is_relative = {name: provider.spec.normalise for name, provider in self.providers.items()}
@@ -101,7 +104,7 @@ class Reconstruct(Predictor):
             weights = _weights(truth, is_target, self.has_gaps[name])
             if self.has_gaps[name]:  # NaN would poison the gradient even where the weight is False
                 truth = truth.nan_to_num(0.0)
-            losses = _losses(target.loss, predicted.float(), truth, self.classes[name])
+            losses = _losses(target.loss, predicted.float(), truth, self.classes[name], self.channels[name])
             total, count = reduce(losses, weights, self.spec.average)
             weight = target.weight
             if self.log_variance is not None:
@@ -173,12 +176,15 @@ def reduce(losses: Tensor, weights: Tensor | None, average: str) -> tuple[Tensor
     return (losses.flatten(1).sum(1) / counts.clamp(min=1)).sum(), (counts > 0).sum().to(losses.dtype)
 
 
-def _losses(kind: str, predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+def _losses(kind: str, predicted: Tensor, truth: Tensor, classes: int, channels: int) -> Tensor:
     """Return (B, T, P) losses of single values; those of unknown values mean nothing and are not counted."""
     if kind == "cross_entropy":
         scores = predicted.reshape(-1, classes)
         losses = F.cross_entropy(scores, truth.reshape(-1), reduction="none", ignore_index=-1)
         return losses.reshape(truth.shape)
+    if kind == "chamfer":  # one number per group, spread over its values, so that they count like others
+        groups = [x.unflatten(-1, (-1, channels)).flatten(0, 1) for x in (predicted, truth.float())]
+        return chamfer(*groups).view(*truth.shape[:2], 1).expand(truth.shape)
     measure = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[kind]
     return measure(predicted, truth.float(), reduction="none")
 
@@ -200,6 +206,8 @@ def _check_modality(where: str, name: str, tokenizers: dict[str, Tokenizer]) -> 
 
 
 def _check_loss(name: str, loss: str, tokenizer: Tokenizer) -> None:
+    if loss == "chamfer" and tokenizer.signal.channel_axis != -1:
+        raise M3Error(f"target `{name}` holds no points, which loss `chamfer` compares; use mse, l1 or smooth_l1.")
     if (loss == "cross_entropy") != (tokenizer.signal.kind == "classes"):
         raise M3Error(
             f"target `{name}` holds {tokenizer.signal.kind}, which loss `{loss}` can't compare; "

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from m3.data.recording import Sound
 from m3.data.world.derived import Box
 from m3.data.world.render import FAR
 from m3.data.world.scene import Split
-from m3.data.world.sound import Sound
 from m3.data.world.source import WorldSource
 
 SIDE = 128

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
+from m3.data.recording import Sound
 from m3.data.world.scene import Camera, Object, Scene
 
 SPEED = 343.0
@@ -37,18 +37,6 @@ QUIET = 1e-4
 
 BLOCK = 256
 """Samples per row when a strike is computed as a product of two short tables."""
-
-
-class Sound(NamedTuple):
-    """A stereo recording.
-
-    Attributes:
-        samples: float32 (2, S) left and right, in [-1, 1].
-        rate: samples per second.
-    """
-
-    samples: np.ndarray
-    rate: int
 
 
 @dataclass(frozen=True)

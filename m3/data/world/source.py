@@ -6,10 +6,11 @@ Letters: H height, W width, T frames of a video, S samples of a sound, P points.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 
+from m3.data.recording import Clip
 from m3.data.world.caption import SEEN_PIXELS, caption
 from m3.data.world.cloud import sample_points
 from m3.data.world.derived import boxes, camera_normals
@@ -20,18 +21,6 @@ from m3.errors import M3Error
 
 SOUND, POINTS = 1, 2
 """Uses of a scene's random numbers beside the scene itself; see `generator`."""
-
-
-class Clip(NamedTuple):
-    """A short video.
-
-    Attributes:
-        frames: uint8 (T, H, W, 3) RGB.
-        times: float32 (T,) seconds from the first frame.
-    """
-
-    frames: np.ndarray
-    times: np.ndarray
 
 
 @dataclass(frozen=True)
