@@ -17,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -31,9 +32,10 @@ class DataSpec(Strict):
     """The `data` section.
 
     Attributes:
-        source: where samples come from: `world` (embedded scenes), `folder`, or a plugin.
-        root: folder of the data, for `folder`.
-        options: settings of a plugin source.
+        source: where samples come from: `world` (embedded scenes), `folder`, `shards`, `hub`, `mixture`, or a plugin.
+        root: folder or manifest of the data, for `folder`; folder or address (s3://...) of the tars, for `shards`.
+        options: settings of the source, for `hub`, `mixture` and plugins.
+        missing: `error`: every sample has every modality; `allow`: a sample may lack some.
         samples: at most this many training samples; the world makes this many scenes.
         held_out: samples kept for evaluation, never trained on.
         crop: smallest and largest share of the area of a random crop; null: no random crop.
@@ -45,12 +47,19 @@ class DataSpec(Strict):
     source: str = "world"
     root: str | None = None
     options: dict[str, Any] = Field(default={})
+    missing: Literal["error", "allow"] = "error"
     samples: PositiveInt | None = None
     held_out: NonNegativeInt = 256
     crop: tuple[PositiveFloat, PositiveFloat] | None = None
     flip: float = Field(default=0.0, ge=0, le=1)
     workers: NonNegativeInt = 2
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
+
+    @field_validator("root")
+    @classmethod
+    def _absolute(cls, root: str | None) -> str | None:
+        """A saved recipe must find its data from every folder; an address is already complete."""
+        return root if root is None or "://" in root else str(Path(root).expanduser().resolve())
 
 
 class TrainSpec(Strict):
