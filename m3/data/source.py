@@ -54,7 +54,7 @@ class Source(ABC):
         self.spec = spec
         self.modalities = modalities
         self.seed = seed
-        self.split = split
+        self.split: Split = split
 
     @abstractmethod
     def __len__(self) -> int:

@@ -18,15 +18,15 @@ ORDER = (
     {"errors"},
     {"types", "random", "positions", "linear"},
     {"plugins"},
-    {"attention", "scorers", "targets", "config", "memory", "data.geometry", "data.world"},
+    {"attention", "scorers", "targets", "config", "memory", "data.geometry", "data.files", "data.world"},
     {"backbone", "masking", "modalities", "tokenizers"},
     {"heads", "recipe"},
-    {"objectives", "data.source", "schedule", "checkpoint", "ema"},
-    {"data.sources", "data.loader", "model", "progress"},
+    {"objectives", "data.source", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
+    {"data.sources", "data.pack", "data.check", "data.loader", "model", "progress"},
     {"processor", "evaluate"},
     {"show"},
     {"train", "reconstruct"},
-    {"summary", "check", "doctor", "bench", "cli", "auto", "m3"},
+    {"summary", "check", "doctor", "bench", "data.commands", "cli", "auto", "m3"},
 )
 
 

@@ -87,7 +87,7 @@ class Folder(Source):
             return self._rows(self.root, None)
         return self._rows(self.root / ("train" if self.split == "train" else "val"), self.split)
 
-    def _rows(self, root: Path, split: Split | None) -> list[Row]:
+    def _rows(self, root: Path, split: str | None) -> list[Row]:
         files = {name: _files(root, name, part, len(self.modalities) == 1) for name, part in self.modalities.items()}
         if self.spec.missing == "error":
             _check_alignment(files, root)

@@ -41,8 +41,9 @@ class Shards(Source):
         super().__init__(spec, modalities, seed, split)
         if spec.root is None:
             raise M3Error("data.root: this key is required for source `shards`; name the folder of the tars.")
-        roots = split_roots(spec.root)
-        table = Table(roots.get(split, spec.root), modalities, spec.missing == "allow")
+        root = spec.root.rstrip("/")
+        roots = split_roots(root)
+        table = Table(roots.get(split, root), modalities, spec.missing == "allow")
         everything = list(range(len(table.ids)))
         numbers = limited(everything, spec, split) if roots else numbers_of_split(table.ids, spec, split)
         self.tars, self.endings = table.tars, list(table.endings)
@@ -65,9 +66,10 @@ class Shards(Source):
         """Return the members of one sample byte for byte."""
         files = {}
         for name, places in self.places.items():
-            tar, offset, size, ending = places[index].item()
+            number, offset, size, ending = places[index].item()
             if size >= 0:
-                files[name] = Stored(self.endings[ending], read_member(*self.tars[tar], offset, size))
+                tar = self.tars[number]
+                files[name] = Stored(self.endings[ending], read_member(tar.address, tar.stamp, offset, size))
         labels = json.loads(files.pop(LABELS).data) if LABELS in files else {}
         return StoredSample(files, self.name(index), labels)
 
@@ -156,7 +158,7 @@ class Table:
         return (owners[0], ending) if owners else None
 
     def _check(self, rows: dict[str, dict[str, tuple[int, int, int, int]]], tars: dict[str, str], shard: str) -> None:
-        for name in self.readers.keys() - {LABELS}:
+        for name in [name for name in self.readers if name != LABELS]:
             lacking = [key for key, row in rows.items() if name not in row]
             if lacking:
                 address = tars.get("") or tars.get(name) or f"{shard}.tar"
