@@ -78,7 +78,8 @@ def check(root: str) -> Report:
 
 def print_report(report: Report, console: Console, shown: int = 20) -> None:
     """Print a table and the first `shown` faults of each kind."""
-    table = Table(title=f"{report.root}: {report.shards} shards, {report.samples} samples", title_justify="left")
+    console.print(f"{report.root}: {report.shards} shards, {report.samples} samples", highlight=False, soft_wrap=True)
+    table = Table()
     table.add_column("modality")
     table.add_column("samples", justify="right")
     table.add_column("coverage", justify="right")

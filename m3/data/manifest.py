@@ -75,7 +75,7 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     )
                 yield reader.line_num, cells
         except csv.Error as error:
-            raise M3Error(f"{path}, line {reader.line_num}: not readable as CSV: {error}.") from error
+            raise M3Error(f"{path}, line {reader.reader.line_num}: not readable as CSV: {error}.") from error
 
 
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

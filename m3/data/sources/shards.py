@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from m3.data.files import Stored
-from m3.data.shards import LABELS, index_of, list_shards, read_member, split_name, split_roots
+from m3.data.shards import LABELS, Index, index_of, list_shards, read_member, split_name, split_roots
 from m3.data.source import Sample, Source, Split, StoredSample, decode, limited, numbers_of_split
 from m3.errors import M3Error
 from m3.plugins import Modality
@@ -20,6 +20,8 @@ from m3.recipe import DataSpec
 # Where a member lies: number of the tar, first byte, bytes (-1: the sample lacks it), number of the file ending.
 PLACE = np.dtype([("tar", np.int32), ("offset", np.int64), ("size", np.int64), ("ending", np.uint8)])
 NOWHERE = (0, 0, -1, 0)
+Rows = dict[str, dict[str, tuple[int, int, int, int]]]
+"""Of one shard: key -> modality -> place."""
 
 
 class Tar(NamedTuple):
@@ -105,10 +107,11 @@ class Table:
         self.endings: dict[str, int] = {}
         self.places: dict[str, list[np.ndarray]] = {name: [] for name in self.readers}
         for shard, tars in list_shards(root).items():
-            rows: dict[str, dict[str, tuple[int, int, int, int]]] = {}
-            for folder, address in tars.items():
-                if not folder or folder in self.readers:
-                    self._add(rows, folder, address)
+            rows: Rows = {}
+            known = {f: (a, index_of(a)) for f, a in tars.items() if not f or f in self.readers}
+            # The tar with the most members first: where it holds every sample, theirs is the packed order.
+            for folder in sorted(known, key=lambda folder: -len(known[folder][1].names)):
+                self._add(rows, folder, *known[folder])
             rows = {key: row for key, row in rows.items() if row.keys() != {LABELS}}
             if not is_missing_allowed:
                 self._check(rows, tars, f"{root}/{shard}")
@@ -120,9 +123,8 @@ class Table:
                 endings = ", ".join(self.readers[name])
                 raise M3Error(f"{root}: no shard holds a member that `{name}` can read ({endings}); check data.root.")
 
-    def _add(self, rows: dict[str, dict[str, tuple[int, int, int, int]]], folder: str, address: str) -> None:
+    def _add(self, rows: Rows, folder: str, address: str, index: Index) -> None:
         """Enter the members of one tar."""
-        index = index_of(address)
         number = len(self.tars)
         self.tars.append(Tar(address, index.stamp))
         owners: dict[str, tuple[str, str] | None] = {}
@@ -157,7 +159,7 @@ class Table:
             )
         return (owners[0], ending) if owners else None
 
-    def _check(self, rows: dict[str, dict[str, tuple[int, int, int, int]]], tars: dict[str, str], shard: str) -> None:
+    def _check(self, rows: Rows, tars: dict[str, str], shard: str) -> None:
         for name in [name for name in self.readers if name != LABELS]:
             lacking = [key for key, row in rows.items() if name not in row]
             if lacking:
