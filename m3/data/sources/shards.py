@@ -51,7 +51,8 @@ class Shards(Source):
         self.tars, self.endings = table.tars, list(table.endings)
         # Compact arrays: lists of strings and tuples would take ten times the memory, in every worker.
         self.ids = np.array([table.ids[i] for i in numbers], np.dtypes.StringDType())
-        self.places = {name: np.concatenate(parts)[numbers] for name, parts in table.places.items()}
+        places = {name: np.concatenate(parts)[numbers] for name, parts in table.places.items()}
+        self.places = {name: x for name, x in places.items() if name in modalities or (x["size"] >= 0).any()}
 
     def __len__(self) -> int:
         return len(self.ids)
