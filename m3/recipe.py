@@ -17,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -34,9 +35,10 @@ class DataSpec(Strict):
     """The `data` section.
 
     Attributes:
-        source: where samples come from: `world` (embedded scenes), `folder`, or a plugin.
-        root: folder of the data, for `folder`.
-        options: settings of a plugin source.
+        source: where samples come from: `world` (embedded scenes), `folder`, `shards`, `hub`, `mixture`, or a plugin.
+        root: folder or manifest of the data, for `folder`; folder or address (s3://...) of the tars, for `shards`.
+        options: settings of the source, for `hub`, `mixture` and plugins.
+        missing: `error`: every sample has every modality; `allow`: a sample may lack some.
         samples: at most this many training samples; the world makes this many scenes.
         held_out: samples kept for evaluation, never trained on.
         crop: smallest and largest share of the area of a random crop; null: no random crop.
@@ -50,6 +52,7 @@ class DataSpec(Strict):
     source: str = "world"
     root: str | None = None
     options: dict[str, Any] = Field(default={})
+    missing: Literal["error", "allow"] = "error"
     samples: PositiveInt | None = None
     held_out: NonNegativeInt = 256
     crop: tuple[PositiveFloat, PositiveFloat] | None = None
@@ -58,6 +61,12 @@ class DataSpec(Strict):
     drop: Share | dict[str, Share] = 0.0
     workers: NonNegativeInt = 2
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
+
+    @field_validator("root")
+    @classmethod
+    def _absolute(cls, root: str | None) -> str | None:
+        """A saved recipe must find its data from every folder; an address is already complete."""
+        return root if root is None or "://" in root else str(Path(root).expanduser().resolve())
 
 
 class TrainSpec(Strict):
@@ -198,13 +207,9 @@ def recipe_from(settings: dict[str, Any], where: str, default_name: str = "run")
     """Check settings that were read elsewhere; `where` names their origin in error messages."""
     settings = {"name": default_name, **settings}
     try:
-        recipe = Recipe(**settings)
+        return Recipe(**settings)
     except ValidationError as error:
         raise M3Error(f"{where}: {explain(error, Recipe, '')}") from error
-    if recipe.data.root is None:
-        return recipe
-    root = str(Path(recipe.data.root).expanduser().resolve())
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
 
 
 def dump_recipe(recipe: Recipe) -> str:

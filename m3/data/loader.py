@@ -123,7 +123,8 @@ def collate(samples: list[Loaded], modalities: dict[str, Modality]) -> Batch:
         filling = next((t for t in known if t is not None), None)
         if filling is not None:
             times[name] = torch.stack([filling if t is None else t for t in known])
-    labels = {key: torch.tensor([s.labels.get(key, -1) for s in samples]) for key in samples[0].labels}
+    kinds = dict.fromkeys(key for sample in samples for key in sample.labels)
+    labels = {key: torch.tensor([s.labels.get(key, -1) for s in samples]) for key in kinds}
     return Batch(
         signals=signals,
         keys=torch.tensor([s.position for s in samples]),

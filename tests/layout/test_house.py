@@ -18,16 +18,16 @@ ORDER = (
     {"errors"},
     {"types", "random", "linear", "drawing", "points", "data.recording"},
     {"plugins"},
-    {"positions", "attention", "scorers", "targets", "config", "memory", "data.geometry", "data.clouds"},
+    {"positions", "attention", "scorers", "targets", "config", "memory", "data.geometry", "data.clouds", "data.files"},
     {"data.world", "data.video", "data.sound", "data.words"},
     {"backbone", "masking", "modalities", "tokenizers"},
     {"heads", "recipe"},
-    {"objectives", "data.source", "schedule", "checkpoint", "ema"},
-    {"data.sources", "data.loader", "model", "progress"},
+    {"objectives", "data.source", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
+    {"data.sources", "data.pack", "data.check", "data.loader", "model", "progress"},
     {"processor", "evaluate"},
     {"show"},
     {"train", "reconstruct"},
-    {"summary", "check", "doctor", "bench", "cli", "auto", "m3"},
+    {"summary", "check", "doctor", "bench", "data.commands", "cli", "auto", "m3"},
 )
 
 
