@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from m3.data import commands as data_commands
 from m3.errors import M3Error
 
 
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's")
     command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
     command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
+    data_commands.add_arguments(commands)
     add("doctor", _doctor, "print versions, devices and which optional parts load", recipe=False)
     return parser
 

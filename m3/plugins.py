@@ -180,6 +180,13 @@ class Modality(ABC):
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn a raw batch (B, ...) into what the tokenizer reads, on the tensor's own device."""
 
+    def statistics(self, raw: Tensor) -> Tensor | None:
+        """Return count, sum and sum of squares (3, C) of a raw batch, in the unit of the settings `mean` and `std`.
+
+        None where the modality has no such settings.
+        """
+        return None
+
     @abstractmethod
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw one normalised or predicted signal as uint8 (H, W, 3).

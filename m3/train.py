@@ -26,12 +26,12 @@ from m3 import checkpoint
 from m3.config import M3Config
 from m3.data.loader import Order, Samples, first_batches, train_loader
 from m3.data.source import Source, Split
+from m3.data.source import open_source as open_data
 from m3.ema import Average
 from m3.errors import M3Error
 from m3.evaluate.reconstruction import Row, fit_averages, measure
 from m3.memory import compiled, keep_freed_memory
 from m3.model import M3Model, Prepared, resolved
-from m3.plugins import find
 from m3.processor import M3Processor
 from m3.progress import Clock, append, cut
 from m3.recipe import Recipe, dump_recipe
@@ -62,7 +62,7 @@ def model_config(recipe: Recipe) -> M3Config:
 
 def open_source(recipe: Recipe, model: M3Model, split: Split) -> Source:
     """Open the recipe's source."""
-    return find("sources", recipe.data.source)(recipe.data, model.modalities, recipe.seed, split)
+    return open_data(recipe.data, model.modalities, recipe.seed, split)
 
 
 def train(recipe: Recipe, resume: bool = False) -> list[Row]:

@@ -94,6 +94,11 @@ class Audio(Modality):
         """Turn log-mel (B, T, C, F) into (B, C, T, F) around 0."""
         return ((raw - self.spec.mean) / (2 * self.spec.std)).transpose(1, 2)
 
+    def statistics(self, raw: Tensor) -> Tensor:
+        """Return count, sum and sum of squares of the log-mel values that are there -> (3, 1)."""
+        x = raw[~raw.isnan()].double()
+        return torch.stack([torch.tensor(float(len(x)), dtype=x.dtype), x.sum(), x.square().sum()]).unsqueeze(1)
+
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw (C, T, F): time to the right, pitch up, channels one below the other; -2 to 2 in brightness."""
         from matplotlib import colormaps

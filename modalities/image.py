@@ -101,6 +101,11 @@ class Image(Modality):
         mean, std = self._statistics(raw.device)
         return (raw.float() - mean * 255) / (std * 255)
 
+    def statistics(self, raw: Tensor) -> Tensor:
+        """Return count, sum and sum of squares of each channel of pixels in [0, 1] -> (3, C)."""
+        x = raw.transpose(0, 1).flatten(1).double() / 255
+        return torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])
+
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw (C, H, W); the first three channels, or the first one in grey."""
         pixels = self._pixels(signal.unsqueeze(0))[0].permute(1, 2, 0)

@@ -1,4 +1,4 @@
-"""`m3 data pack` and `m3 data check`."""
+"""`m3 data`: look at data, measure it, pack it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from m3.errors import M3Error
 
 def add_arguments(commands: argparse._SubParsersAction) -> None:
     """Define `m3 data ...` among the commands of `m3`."""
-    text = "pack data into shards and check them"
+    text = "look at data, measure it, pack it into shards and check them"
     actions = commands.add_parser("data", help=text, description=text).add_subparsers(required=True, metavar="ACTION")
     text = "write the data of a recipe as tar shards; under `accelerate launch` every process writes its part"
     pack = actions.add_parser("pack", help=text, description=text)
@@ -28,6 +28,27 @@ def add_arguments(commands: argparse._SubParsersAction) -> None:
     check = actions.add_parser("check", help=text, description=text)
     check.add_argument("root", metavar="ROOT", help="folder, or address such as s3://bucket/folder")
     check.set_defaults(run=check_command)
+    text = "draw scenes of the embedded world with all their signals, and write their sounds"
+    show = actions.add_parser("show", help=text, description=text)
+    show.add_argument("source", choices=["world"])
+    show.add_argument("--out", default="world.png", help="PNG file; the sounds go beside it (default world.png)")
+    show.add_argument("--count", type=int, default=6, help="scenes (default 6)")
+    show.add_argument("--seed", type=int, default=0)
+    show.add_argument("--split", choices=["train", "held_out"], default="train")
+    show.set_defaults(run=show_command)
+    text = "measure mean and deviation of a recipe's data, for `mean` and `std` of its modalities"
+    stats = actions.add_parser("stats", help=text, description=text)
+    stats.add_argument("recipe", help="YAML file or name of a packaged recipe")
+    stats.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe")
+    stats.add_argument("--samples", type=int, default=1000, help="training samples that are read (default 1000)")
+    stats.set_defaults(run=stats_command)
+    text = "learn a small vocabulary from text files, for `type: text`"
+    vocabulary = actions.add_parser("vocabulary", help=text, description=text)
+    vocabulary.add_argument("files", nargs="+", metavar="FILE", help="text in UTF-8, one sentence a line")
+    vocabulary.add_argument("--out", default="vocabulary.json", help="tokenizer.json to write")
+    vocabulary.add_argument("--size", type=int, default=8000, help="largest number of tokens (default 8000)")
+    vocabulary.add_argument("--kind", choices=["wordpiece", "bpe"], default="wordpiece")
+    vocabulary.set_defaults(run=vocabulary_command)
 
 
 def pack_command(options: argparse.Namespace) -> None:
@@ -76,3 +97,59 @@ def check_command(options: argparse.Namespace) -> int:
     for report in reports:
         print_report(report, Console())
     return 0 if all(report.is_sound for report in reports) else 1
+
+
+def show_command(options: argparse.Namespace) -> None:
+    """Draw scenes of the embedded world and write their sounds."""
+    from m3.data.world.sheet import contact_sheet
+
+    out = Path(options.out)
+    contact_sheet(options.seed, options.split, options.count, out)
+    print(f"Pictures: {out}    sounds: {out.parent / out.stem}_*.wav")
+
+
+def stats_command(options: argparse.Namespace) -> None:
+    """Measure mean and deviation of every modality that is normalised by fixed numbers."""
+    import torch
+    from rich.console import Console
+
+    from m3.data.loader import Samples, first_batches
+    from m3.data.source import open_source
+    from m3.model import build_modalities
+    from m3.recipe import load_recipe
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    modalities = build_modalities(recipe.modalities)
+    source = open_source(recipe.data, modalities, recipe.seed, "train")
+    samples = Samples(source, modalities, recipe.data, recipe.seed)
+    sums: dict[str, torch.Tensor] = {}
+    for batch in first_batches(samples, options.samples, 16):
+        for name, raw in batch.signals.items():
+            statistics = modalities[name].statistics(raw)
+            if statistics is not None:
+                sums[name] = sums.get(name, 0) + statistics
+    if not sums:
+        raise M3Error(f"{recipe.name}: no modality of it is normalised by a mean and a deviation of the data.")
+    console = Console()
+    for name, (count, total, squares) in ((n, s.unbind(0)) for n, s in sums.items()):
+        mean = total / count
+        std = (squares / count - mean.square()).clamp(min=0).sqrt()
+        shown = [", ".join(f"{float(v):.5g}" for v in x.flatten()) for x in (mean, std)]
+        console.print(f"modalities.{name}: mean: [{shown[0]}], std: [{shown[1]}]", markup=False, soft_wrap=True)
+
+
+def vocabulary_command(options: argparse.Namespace) -> None:
+    """Learn a small vocabulary from text files."""
+    from m3.data.words import open_vocabulary, train_vocabulary
+
+    sentences = []
+    for name in options.files:
+        if not Path(name).is_file():
+            raise M3Error(f"there is no file {name}; give text files with one sentence a line.")
+        sentences += Path(name).read_text(encoding="utf-8").splitlines()
+    content = train_vocabulary(sentences, options.size, options.kind)
+    out = Path(options.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(content, encoding="utf-8")
+    size = open_vocabulary(f"tokenizers:{content}").size
+    print(f"{out}: {size} tokens from {len(sentences)} lines. In a recipe: vocabulary: {out}")
