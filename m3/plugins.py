@@ -155,12 +155,9 @@ class Modality(ABC):
         """
 
     def cut(self, sample: Any, moment: float) -> Any:
-        """Take the part of a recording that the model reads.
+        """Take the part of a recording that the model reads: `moment` 0 is the first possible one, 1 the last.
 
-        Args:
-            sample: what `load` returned or a source made.
-            moment: 0 for the first possible part, 1 for the last; shared by all modalities of a sample, so
-                that sound stays with its video.
+        All modalities of a sample share the moment, so that sound stays with its video.
         """
         return sample
 
@@ -181,10 +178,7 @@ class Modality(ABC):
         """Turn a raw batch (B, ...) into what the tokenizer reads, on the tensor's own device."""
 
     def statistics(self, raw: Tensor) -> Tensor | None:
-        """Return count, sum and sum of squares (3, C) of a raw batch, in the unit of the settings `mean` and `std`.
-
-        None where the modality has no such settings.
-        """
+        """Return count, sum and sum of squares (3, C) of a raw batch in the unit of its `mean` and `std`, if it has them."""
         return None
 
     @abstractmethod

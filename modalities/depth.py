@@ -76,9 +76,7 @@ class Depth(Modality):
             sample = sample.cpu().numpy()
         stored = np.asarray(sample)
         if stored.size == 0 or stored.squeeze().ndim != 2 or stored.dtype.kind not in "iuf":
-            raise M3Error(
-                f"a depth map must be numbers of shape (height, width), got {stored.dtype} of {stored.shape}."
-            )
+            raise M3Error(f"a depth map must have shape (height, width), got {stored.dtype} of shape {stored.shape}.")
         metres = stored.astype(np.float32)
         if stored.dtype.kind in "iu":
             metres *= np.float32(self.spec.unit)

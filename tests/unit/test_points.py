@@ -285,4 +285,4 @@ def test_parts_are_found_and_refuse_other_signals() -> None:
     for signal in (Signal("values", 3, (4, 4)), Signal("classes", 3, (4,), 5), Signal("values", 2, (4,))):
         with pytest.raises(M3Error, match=r"`point_group` reads lists of points .*; use it for the modality `points`"):
             PointGroup(PointGroup.Spec(), signal, 8)
-    assert points(attributes=3).signal == Signal("values", 6, (5,), has_gaps=True)
+    assert points(attributes=3).signal == Signal("values", 6, (5,), has_gaps=True, channel_axis=-1)
