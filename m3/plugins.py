@@ -130,6 +130,9 @@ class Modality(ABC):
     is_inline: ClassVar[bool] = False
     """True where a manifest may hold the sample itself (a sentence) instead of a path."""
 
+    reads: ClassVar[str] = ""
+    """Type of the signal that a source gives it, where that is not its own: features are made of images."""
+
     def __init__(self, spec: Any) -> None:
         self.spec = spec
 
@@ -178,7 +181,7 @@ class Modality(ABC):
         """Turn a raw batch (B, ...) into what the tokenizer reads, on the tensor's own device."""
 
     def statistics(self, raw: Tensor) -> Tensor | None:
-        """Return count, sum and sum of squares (3, C) of a raw batch in the unit of its `mean` and `std`, if it has them."""
+        """Return count, sum and sum of squares (3, C) of a raw batch in the unit of `mean` and `std`, if there are."""
         return None
 
     @abstractmethod

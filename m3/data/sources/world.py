@@ -23,7 +23,7 @@ class World(Source):
         self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split, offer: Offer = USUAL
     ) -> None:
         super().__init__(spec, modalities, seed, split)
-        self.types = {name: type_name(type(part).__name__) for name, part in modalities.items()}
+        self.types = {name: part.reads or type_name(type(part).__name__) for name, part in modalities.items()}
         for name, kind in self.types.items():
             if kind not in WorldSource.SIGNALS:
                 raise M3Error(
