@@ -22,6 +22,7 @@ from pydantic import (
 
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, explain, nearest
+from m3.masking import Amount
 from m3.plugins import Strict
 
 PACKAGED = Path(__file__).parent / "recipes"
@@ -129,7 +130,7 @@ class TaskSpec(Strict):
     """
 
     target: str
-    visible: dict[str, float] | None = None
+    visible: dict[str, Amount] | None = None
     baseline: Literal["neighbours", "constant", "average_map", "patch_mean"] = "constant"
 
 

@@ -25,7 +25,7 @@ ORDER = (
     {"data.sources", "data.loader", "model", "progress"},
     {"processor", "evaluate"},
     {"show"},
-    {"train", "reconstruct"},
+    {"train", "held_out", "reconstruct"},
     {"summary", "check", "doctor", "bench", "cli", "auto", "m3"},
 )
 
