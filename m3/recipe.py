@@ -29,6 +29,8 @@ PACKAGED = Path(__file__).parent / "recipes"
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataSpec(Strict):
@@ -53,12 +55,20 @@ class DataSpec(Strict):
     options: dict[str, Any] = Field(default={})
     samples: PositiveInt | None = None
     held_out: NonNegativeInt = 256
-    crop: tuple[PositiveFloat, PositiveFloat] | None = None
+    crop: tuple[PositiveShare, PositiveShare] | None = None
     flip: float = Field(default=0.0, ge=0, le=1)
     repeats: PositiveInt = 1
     drop: Share | dict[str, Share] = 0.0
     workers: NonNegativeInt = 2
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> DataSpec:
+        if self.crop and self.crop[0] > self.crop[1]:
+            raise ValueError(f"`crop` is smallest, then largest: write [{self.crop[1]}, {self.crop[0]}]")
+        if self.source == "world" and self.root is not None:
+            raise ValueError("source `world` makes its own scenes and reads no `root`; add data.source=folder")
+        return self
 
 
 class TrainSpec(Strict):
@@ -98,7 +108,7 @@ class TrainSpec(Strict):
     warmup: NonNegativeFloat = 0.0
     weight_decay: NonNegativeFloat = 0.05
     decay: Literal["matrices", "all"] = "matrices"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"

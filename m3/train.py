@@ -112,50 +112,49 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     order = Order(len(source), recipe.seed, *shares, start, plan.steps, recipe.data.repeats)
     batches = iter(train_loader(samples, order, recipe.data.workers))
     clock = Clock(start, spec.batch_size)
-    bar = tqdm(total=plan.steps, initial=start, desc=recipe.name, unit="step", disable=not is_shown)
 
     # ---------------------------------------------------------------------------------------- train loop
     network.train()
-    for step in range(start, plan.steps):
-        # The batches of the step first: the loss is divided by the counts of all of them, on all ranks.
-        waited = time.perf_counter()
-        micro_batches = [skipped.count(next(batches)) for _ in range(plan.accumulation)]
-        clock.waited += time.perf_counter() - waited
-        prepared = [raw_model.prepare(batch.to(device)) for batch in micro_batches]
+    with tqdm(total=plan.steps, initial=start, desc=recipe.name, unit="step", disable=not is_shown) as bar:
+        for step in range(start, plan.steps):
+            # The batches of the step first: the loss is divided by the counts of all of them, on all ranks.
+            waited = time.perf_counter()
+            micro_batches = [skipped.count(next(batches)) for _ in range(plan.accumulation)]
+            clock.waited += time.perf_counter() - waited
+            prepared = [raw_model.prepare(batch.to(device)) for batch in micro_batches]
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan)
-        sums, counts = gradients(accelerator, raw_model, network, prepared)
-        norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
-        if average:
-            average.update(raw_model)
-        bar.update()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, plan)
+            sums, counts = gradients(accelerator, raw_model, network, prepared)
+            norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+            if average:
+                average.update(raw_model)
+            bar.update()
 
-        # ------------------------------------------------------------------------ report, save, evaluate
-        done = step + 1
-        if step == start:
-            clock.restart(done)
-        if done % spec.log_every == 0 or done == plan.steps:
-            values = (add_over_processes(accelerator, sums) / counts.clamp(min=1)).tolist()
-            values = dict(zip(raw_model.part_names, values, strict=True))
-            if not are_finite(values):
-                raise not_finite(done, f"the losses {values}", checkpoint.newest(run))
-            line = clock.line(done, values, learning_rate(step, plan), float(norm), len(skipped.messages))
-            accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
-            bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
-            if accelerator.is_main_process:
-                append(run, line)
-        if done % (spec.save_every or max(1, plan.steps // 10)) == 0 or done == plan.steps:
-            if not all(bool(p.isfinite().all()) for p in raw_model.parameters()):  # never over good ones
-                raise not_finite(done, "the weights", checkpoint.newest(run))
-            save(accelerator, run, {"step": done, **facts}, average, spec.keep)
-        if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
-            if accelerator.is_main_process:
-                held_out.evaluate(done, run / "previews" / f"step-{done:08d}.png")
-            accelerator.wait_for_everyone()
-    bar.close()
+            # -------------------------------------------------------------------- report, save, evaluate
+            done = step + 1
+            if step == start:
+                clock.restart(done)
+            if done % spec.log_every == 0 or done == plan.steps:
+                values = (add_over_processes(accelerator, sums) / counts.clamp(min=1)).tolist()
+                values = dict(zip(raw_model.part_names, values, strict=True))
+                if not are_finite(values):
+                    raise not_finite(done, f"the losses {values}", checkpoint.newest(run))
+                line = clock.line(done, values, learning_rate(step, plan), float(norm), len(skipped.messages))
+                accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
+                bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
+                if accelerator.is_main_process:
+                    append(run, line)
+            if done % (spec.save_every or max(1, plan.steps // 10)) == 0 or done == plan.steps:
+                if not all(bool(p.isfinite().all()) for p in raw_model.parameters()):  # never over good ones
+                    raise not_finite(done, "the weights", checkpoint.newest(run))
+                save(accelerator, run, {"step": done, **facts}, average, spec.keep)
+            if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
+                if accelerator.is_main_process:
+                    held_out.evaluate(done, run / "previews" / f"step-{done:08d}.png")
+                accelerator.wait_for_everyone()
 
     # --------------------------------------------------------------------------------------------- finish
     rows: list[Row] = []
@@ -246,6 +245,12 @@ def describe(console: Console, recipe: Recipe, model: M3Model, plan: Plan, accel
         f"{plan.micro_batch}), learning rate {plan.lr:g} ({rule}), {accelerator.device.type} in "
         f"{'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}, {torch.get_num_threads()} threads"
     )
+    if plan.warmup >= plan.steps > 1:
+        console.print(
+            f"[yellow]train.warmup covers the whole run[/] ({plan.warmup} of {plan.steps} steps): the learning rate "
+            f"only reaches {learning_rate(plan.steps - 1, plan):.3g}; lower train.warmup",
+            soft_wrap=True,
+        )
 
 
 def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[str, Any]:
@@ -269,7 +274,9 @@ def open_run(recipe: Recipe, start: int, steps: int, console: Console) -> None:
     run = recipe.folder
     aside = None if start else checkpoint.set_aside(run)
     if aside:
-        console.print(f"{run} held an earlier run, which now lies in {aside} (--resume would have continued it)")
+        console.print(
+            f"{run} held an earlier run, which now lies in {aside} (--resume would have continued it)", soft_wrap=True
+        )
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     cut(run, start, start == steps)
@@ -300,7 +307,7 @@ def restore(
     """Load the newest checkpoint of a run and return the step to continue with; 0 when there is none."""
     found = checkpoint.newest(run)
     if found is None:
-        console.print(f"--resume: {run} holds no checkpoint yet, so the run starts at step 0")
+        console.print(f"--resume: {run} holds no checkpoint yet, so the run starts at step 0", soft_wrap=True)
         return 0
     state = checkpoint.read_state(found)
     checkpoint.check_same_model(state["model"], facts["model"], found)
@@ -350,11 +357,13 @@ def conclude(run: Path, rows: list[Row], held_out: HeldOut, console: Console) ->
         console.print(metrics_table(rows))
     for skipped in {id(s): s for s in (held_out.train_skipped, held_out.skipped)}.values():
         skipped.report()
-    console.print(f"Picture: {run / 'preview.png'}    metrics: {run / 'metrics.jsonl'}\nLoad it:")
+    note = "" if held_out.is_there else " (of training samples)"
     console.print(
+        f"Picture{note}: {run / 'preview.png'}    metrics: {run / 'metrics.jsonl'}\nLoad it:\n"
         f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{run / "model"}")\n'
         f'  processor = M3Processor.from_pretrained("{run / "model"}")',
         highlight=False,
+        soft_wrap=True,
     )
 
 
