@@ -12,6 +12,7 @@ from typing import Any
 from m3.errors import M3Error
 
 STATE = "state.json"
+CAN_OPEN_FOLDERS = os.name != "nt"
 WRITTEN = ("recipe.yaml", "metrics.jsonl", "checkpoints", "model", "model_ema", "preview.png", "previews", "logs")
 """What a run writes into its folder."""
 
@@ -132,7 +133,7 @@ def _first_difference(saved: Any, wanted: Any, path: str) -> str | None:
 def _flush(path: Path) -> None:
     """Force a file or folder to disk, so that the rename can't overtake its content."""
     is_folder = path.is_dir()
-    if is_folder and os.name == "nt":  # Windows opens no folders
+    if is_folder and not CAN_OPEN_FOLDERS:
         return
     handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes only what may be written
     try:

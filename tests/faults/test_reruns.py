@@ -109,7 +109,7 @@ def test_a_shorter_run_than_the_checkpoint_is_refused(tmp_path: Path) -> None:
     [
         ({"seed": 5}, "`seed` is 0 there and 5 here"),
         ({"train": {"batch_size": 8}}, "`train.batch_size` is 4 there and 8 here"),
-        ({"data": {"flip": 0.5}}, "`data.flip` is 0.0 there and 0.5 here"),
+        ({"data": {"flip": 0.25}}, "`data.flip` is 0.5 there and 0.25 here"),
         ({"data": {"samples": 32}}, "`data.samples` is 16 there and 32 here"),
     ],
 )
