@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, default=5, help="timed steps, the median counts (default 5)")
     command.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn (default 3)")
     command = add("reconstruct", _reconstruct, "draw what a model predicts for files", recipe=False)
-    command.add_argument("model", help="model folder or Hub id")
+    command.add_argument("model", help="folder of a model or of its run, or Hub id")
     command.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or modality=file for models of several")
     command.add_argument("--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's")
     command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
@@ -92,8 +92,15 @@ def _bench(options: argparse.Namespace) -> None:
 def _reconstruct(options: argparse.Namespace) -> None:
     from m3.reconstruct import reconstruct_files
 
-    visible = None if options.visible is None else float(options.visible)
+    visible = None if options.visible is None else _share(options.visible)
     reconstruct_files(options.model, options.inputs, Path(options.out), visible, options.seed)
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise M3Error(f"--visible must be a share such as 0.25, got `{text}`.") from error
 
 
 def _doctor(options: argparse.Namespace) -> None:

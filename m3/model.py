@@ -18,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 from m3 import masking
 from m3.backbone import Backbone, BackboneSpec
 from m3.config import M3Config
-from m3.errors import M3Error, explain, nearest
+from m3.errors import M3Error, explain, nearest, within
 from m3.plugins import Modality, Objective, Predictor, Tokenizer, View, build_spec
 from m3.positions import Rotary, build_positions
 from m3.random import Draws
@@ -124,11 +124,13 @@ class M3Model(PreTrainedModel):
         self.objectives = nn.ModuleDict()
         for name, entry in config.objectives.items():
             part, settings = build_spec("objectives", entry, f"objectives.{name}")
-            self.objectives[name] = part(settings, dict(self.tokenizers.items()), spec)
+            with within(f"objectives.{name}"):
+                self.objectives[name] = part(settings, dict(self.tokenizers.items()), spec)
         self.views: dict[View, Any] = {}
-        for objective in self._objectives().values():
+        for name, objective in self._objectives().items():
             for view in objective.views:
-                self.views[view] = masking.build(view)
+                with within(f"objectives.{name}"):
+                    self.views[view] = masking.build(view)
         self.post_init()
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------

@@ -23,12 +23,15 @@ from pydantic import (
 
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, explain, nearest
+from m3.masking import Amount
 from m3.plugins import Strict
 
 PACKAGED = Path(__file__).parent / "recipes"
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataSpec(Strict):
@@ -55,7 +58,7 @@ class DataSpec(Strict):
     missing: Literal["error", "allow"] = "error"
     samples: PositiveInt | None = None
     held_out: NonNegativeInt = 256
-    crop: tuple[PositiveFloat, PositiveFloat] | None = None
+    crop: tuple[PositiveShare, PositiveShare] | None = None
     flip: float = Field(default=0.0, ge=0, le=1)
     repeats: PositiveInt = 1
     drop: Share | dict[str, Share] = 0.0
@@ -67,6 +70,14 @@ class DataSpec(Strict):
     def _absolute(cls, root: str | None) -> str | None:
         """A saved recipe must find its data from every folder; an address is already complete."""
         return root if root is None or "://" in root else str(Path(root).expanduser().resolve())
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> DataSpec:
+        if self.crop and self.crop[0] > self.crop[1]:
+            raise ValueError(f"`crop` is smallest, then largest: write [{self.crop[1]}, {self.crop[0]}]")
+        if self.source == "world" and self.root is not None:
+            raise ValueError("source `world` makes its own scenes and reads no `root`; add data.source=folder")
+        return self
 
 
 class TrainSpec(Strict):
@@ -106,7 +117,7 @@ class TrainSpec(Strict):
     warmup: NonNegativeFloat = 0.0
     weight_decay: NonNegativeFloat = 0.05
     decay: Literal["matrices", "all"] = "matrices"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -138,7 +149,7 @@ class TaskSpec(Strict):
     """
 
     target: str
-    visible: dict[str, NonNegativeInt | Share] | None = None
+    visible: dict[str, Amount] | None = None
     baseline: Literal["neighbours", "constant", "average_map", "patch_mean"] = "constant"
 
 

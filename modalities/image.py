@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 from PIL import ImageOps
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from m3.data.geometry import fit_map
@@ -39,7 +39,7 @@ class Image(Modality):
         size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
         channels: PositiveInt = 3
         mean: tuple[float, ...] | None = None
-        std: tuple[float, ...] | None = None
+        std: tuple[PositiveFloat, ...] | None = None
 
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
     is_map = True
@@ -75,6 +75,9 @@ class Image(Modality):
 
     def to_raw(self, sample: Any) -> Tensor:
         """Read a PIL image or an array/tensor, uint8 (H, W), (H, W, C) or (C, H, W) -> uint8 (C, H, W)."""
+        is_rgb = isinstance(sample, np.ndarray) and sample.dtype == np.uint8 and sample.shape[2:] == (3,)
+        if is_rgb and self.spec.channels == 1:  # grey is asked for: converted as a picture from a file
+            sample = PILImage.fromarray(sample)
         if isinstance(sample, PILImage.Image):
             sample = _eight_bits(sample)
             if self.spec.channels in (1, 3):

@@ -92,6 +92,34 @@ def _average(batches: list[Tensor], modality: Modality) -> Average:
     return Average(middle(values).nan_to_num(0.0), overall.nan_to_num(0.0))
 
 
+def check_tasks(model: M3Model, tasks: dict[str, TaskSpec]) -> None:
+    """Raise M3Error for a task that can't be measured on this model; called before the first step of a run."""
+    modality_of = targets_of(model)
+    inputs = [name for predictor in predictors(model) for name in predictor.view.modalities]
+    for name, task in tasks.items():
+        where = f"evaluate.tasks.{name}"
+        if task.target not in modality_of:
+            raise M3Error(f"{where}.target: the model predicts no `{task.target}`.{nearest(task.target, modality_of)}")
+        modality, visible = modality_of[task.target], task.visible or {}
+        unknown = [other for other in visible if other not in inputs]
+        if unknown:
+            raise M3Error(f"{where}.visible: `{unknown[0]}` is no input of the objective.{nearest(unknown[0], inputs)}")
+        if visible.get(modality) == 1.0 and isinstance(visible[modality], float):  # the number 1 is one token
+            raise M3Error(f"{where}.visible: all of `{modality}` is seen, so nothing is left to predict; lower it.")
+        is_relative = any(predictor.is_relative.get(task.target) for predictor in predictors(model))
+        if is_relative != (task.baseline == "patch_mean"):
+            raise M3Error(
+                f"{where}.baseline: `{task.baseline}` can't be compared with target `{task.target}`; use "
+                f"`patch_mean` for targets of normalised patches, and only for them."
+            )
+        has_values = model.modalities[modality].signal.kind == "values"
+        if task.baseline == "neighbours" and not (has_values and modality in inputs):
+            raise M3Error(
+                f"{where}.baseline: `neighbours` averages visible values, but `{task.target}` holds classes or is no "
+                f"input of the objective; use `constant`."
+            )
+
+
 @torch.no_grad()
 def measure(
     model: M3Model,
@@ -110,18 +138,6 @@ def measure(
         seed: of the masks.
     """
     modality_of = targets_of(model)
-    for name, task in tasks.items():
-        if task.target not in modality_of:
-            raise M3Error(
-                f"evaluate.tasks.{name}.target: the model predicts no `{task.target}`."
-                f"{nearest(task.target, modality_of)}"
-            )
-        is_relative = any(predictor.is_relative.get(task.target) for predictor in predictors(model))
-        if is_relative != (task.baseline == "patch_mean"):
-            raise M3Error(
-                f"evaluate.tasks.{name}.baseline: `{task.baseline}` can't be compared with target `{task.target}`; use "
-                f"`patch_mean` for targets of normalised patches, and only for them."
-            )
     sums: dict[str, list[Tensor]] = {}
     for batch in batches:
         batch = batch.to(model.device)

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from m3.backbone import BackboneSpec
-from m3.errors import M3Error, nearest
+from m3.errors import M3Error, nearest, within
 from m3.plugins import Predictor, Strict, Tokenizer, View, build_spec
 from m3.points import chamfer
 from m3.types import Encoded, Loss, MaskPlan, Part, Tokens
@@ -81,14 +81,17 @@ class Reconstruct(Predictor):
             part, settings = build_spec("targets", target.target, f"targets.{name}.target")
             self.providers[name] = part(settings, tokenizer)
             decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")
-            self.decoders[name] = decoder(
-                settings, backbone, tokenizers, self.inputs, modality, self.providers[name].width
-            )
+            with within(f"targets.{name}.decoder"):
+                self.decoders[name] = decoder(
+                    settings, backbone, tokenizers, self.inputs, modality, self.providers[name].width
+                )
             self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
             self.channels[name] = tokenizer.signal.channels
             _check_loss(name, target.loss, tokenizer)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
-        self.is_relative = {name: provider.spec.normalise for name, provider in self.providers.items()}
+        self.is_relative = {
+            name: getattr(provider.spec, "normalise", False) for name, provider in self.providers.items()
+        }
         self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
         self.has_gaps = {name: tokenizers[m].signal.has_gaps for name, m in self.modality_of.items()}
 
@@ -200,9 +203,7 @@ def _weights(truth: Tensor, is_target: Tensor | None, has_gaps: bool) -> Tensor 
 
 def _check_modality(where: str, name: str, tokenizers: dict[str, Tokenizer]) -> None:
     if name not in tokenizers:
-        raise M3Error(
-            f"reconstruct.{where} names `{name}`, which is no modality of the recipe.{nearest(name, tokenizers)}"
-        )
+        raise M3Error(f"{where} names `{name}`, which is no modality of the recipe.{nearest(name, tokenizers)}")
 
 
 def _check_loss(name: str, loss: str, tokenizer: Tokenizer) -> None:

@@ -37,7 +37,7 @@ ORDER = (
     {"data.sources", "data.pack", "data.check", "data.loader", "model", "progress"},
     {"processor", "evaluate"},
     {"show"},
-    {"train", "reconstruct"},
+    {"train", "held_out", "reconstruct"},
     {"summary", "check", "doctor", "bench", "data.commands", "cli", "auto", "m3"},
 )
 

@@ -15,10 +15,11 @@ from m3.recipe import DataSpec
 class Folder(Source):
     """Every modality in the folder of its name; sample ids are the paths below it without ending.
 
-    With one modality its files may also lie in the root itself, at any depth. `root/train` and `root/val` are
-    used as the two splits when both exist; otherwise `held_out` samples (at most a tenth), chosen by a hash of
-    their id, are held out. The root may also be a manifest (.csv or .jsonl), whose columns are modalities, `id`,
-    `label` or `label:NAME` and `split` (train, held_out or val); an empty value says that the sample lacks it.
+    With one modality its files may also lie in the root itself, at any depth, and ids keep the ending.
+    `root/train` and `root/val` are used as the two splits when both exist; otherwise `held_out` samples (at most
+    a tenth), chosen by a hash of their id, are held out. The root may also be a manifest (.csv or .jsonl), whose
+    columns are modalities, `id`, `label` or `label:NAME` and `split` (train, held_out or val); an empty value says
+    that the sample lacks it.
     """
 
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
@@ -116,7 +117,8 @@ def _files(root: Path, name: str, modality: Modality, is_only: bool) -> dict[str
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in modality.extensions and path.is_file():
-            key = path.relative_to(folder).with_suffix("").as_posix()
+            inside = path.relative_to(folder)  # the ending only matters where files of modalities are to be paired
+            key = (inside if is_only else inside.with_suffix("")).as_posix()
             if key in found:
                 raise M3Error(f"{folder}: {found[key].name} and {path.name} have the same id `{key}`; remove one.")
             found[key] = path
