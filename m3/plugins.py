@@ -146,6 +146,10 @@ class Modality(ABC):
         Raises any exception whose text says what is wrong with the file.
         """
 
+    def example_samples(self) -> list[Any]:
+        """Return a few different samples that `cut` takes, for `m3 plugin check`; none: random ones are tried."""
+        return []
+
     def cut(self, sample: Any, moment: float) -> Any:
         """Take the part of a recording that the model reads.
 
@@ -213,6 +217,9 @@ class Tokenizer(nn.Module, ABC):
 
     reference: tuple[int, ...] = ()
     """Tokens along each position axis at the size the model is built for; empty for free coordinates."""
+
+    is_lossless: ClassVar[bool] = True
+    """True where `detokenize` gives back exactly what `tokenize` cut; False where tokens keep less (a codebook)."""
 
     def __init__(self, spec: Any, signal: Signal, width: int) -> None:
         super().__init__()

@@ -17,6 +17,7 @@ from m3.data.geometry import fit_map
 from m3.drawing import hide
 from m3.errors import M3Error
 from m3.plugins import Crop, File, Modality, Signal, Strict, ending
+from m3.samples import numbers
 
 
 class Depth(Modality):
@@ -75,7 +76,7 @@ class Depth(Modality):
 
     def to_raw(self, sample: Any) -> Tensor:
         """Read float (H, W) metres; unknown positions are NaN or infinite, allowed only with `missing` set."""
-        x = torch.as_tensor(sample, dtype=torch.float32).squeeze()
+        x = torch.tensor(numbers(sample, "a depth map"), dtype=torch.float32).squeeze()
         if x.ndim != 2:
             raise M3Error(f"a depth map must have shape (height, width), got {tuple(x.shape)}.")
         if self.spec.missing is None and not torch.isfinite(x).all():

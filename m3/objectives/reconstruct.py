@@ -85,7 +85,7 @@ class Reconstruct(Predictor):
             self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
             _check_loss(name, target.loss, tokenizer)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
-        self.is_relative = {name: provider.spec.normalise for name, provider in self.providers.items()}
+        self.is_relative = {name: provider.is_relative for name, provider in self.providers.items()}
         self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
         self.has_gaps = {name: tokenizers[m].signal.has_gaps for name, m in self.modality_of.items()}
 
