@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from m3.checkpoint import newest
+from m3.data.world import WorldSource
 from m3.errors import M3Error
 from m3.model import M3Model
 from m3.recipe import Recipe, recipe_from
@@ -22,7 +23,8 @@ SAMPLES = 4
 def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
     """Return the recipe with the same parts but a small network, a small batch, `steps` steps and scenes of the world.
 
-    Token counts, masks, targets and losses stay those of the recipe.
+    Where the world makes no such signals the recipe's own data are used. Token counts, masks, targets and losses
+    stay those of the recipe.
     """
     settings = recipe.model_dump(mode="json", exclude_none=True)
     settings["out"] = str(out)
@@ -31,7 +33,9 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
         for part in [objective, *objective.get("targets", {}).values()]:
             if "decoder" in part:
                 part["decoder"] = _small_decoder(part["decoder"])
-    settings["data"] = {"source": "world", "samples": 4 * SAMPLES, "held_out": SAMPLES, "workers": 0}
+    if {entry.get("type") for entry in settings["modalities"].values()} <= set(WorldSource.SIGNALS):
+        settings["data"] = {"source": "world"}
+    settings["data"] |= {"samples": 4 * SAMPLES, "held_out": SAMPLES, "workers": 0}
     settings["train"].pop("epochs", None)
     settings["train"] |= {"steps": steps, "batch_size": SAMPLES, "micro_batch": SAMPLES // 2, "warmup": 1}
     settings["train"] |= {"log_every": 1, "save_every": 2, "trackers": [], "precision": "fp32", "compile": False}

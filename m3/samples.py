@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from m3.errors import M3Error
+
+
+def split_ending(name: str, endings: Iterable[str]) -> tuple[str, str] | None:
+    """Split a file's name or path before the longest ending that it has; None when it has none of them.
+
+    An ending may have several dots: of `.nii.gz` and `.gz` the file a.nii.gz has the first.
+    """
+    for ending in sorted(endings, key=len, reverse=True):
+        if name.lower().endswith(ending):
+            return name[: -len(ending)], ending
+    return None
 
 
 def numbers(sample: Any, what: str) -> np.ndarray:
@@ -21,7 +33,7 @@ def numbers(sample: Any, what: str) -> np.ndarray:
     """
     try:
         array = np.asarray(sample)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise M3Error(f"{what} must be one array of numbers ({str(error).rstrip('.')}); convert it first.") from error
     if array.dtype.kind not in "biuf":
         raise M3Error(f"{what} must be one array of numbers, got {array.dtype}; convert it first.")

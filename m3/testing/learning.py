@@ -82,6 +82,7 @@ def check_learning(
         _check_absence(model, batch, where)
     _check_single_samples(model, batch, where)
     _check_prediction(model, batch, where)
+    _check_cost(config, where)
     _check_training(model, batch, where)
     _check_saving(model, batch, where)
     return model
@@ -128,6 +129,12 @@ def _check_absence(model: M3Model, batch: Batch, where: str) -> None:
         f"{where}: what stands in for a modality that a sample lacks changes the loss; it must not depend on tokens "
         f"with is_valid False or on other samples.",
     )
+    nobody = replace(batch, is_present={name: torch.zeros_like(is_present)})
+    claim(
+        bool(_loss(model, nobody).isfinite()),
+        f"{where}: the loss of a batch whose samples all lack the modality is not finite; nothing to count is 0, not "
+        f"NaN: divide by no count of your own.",
+    )
 
 
 def _check_single_samples(model: M3Model, batch: Batch, where: str) -> None:
@@ -163,6 +170,20 @@ def _check_prediction(model: M3Model, batch: Batch, where: str) -> None:
                 f"{where}: the prediction of `{name}` has NaN or lacks samples; decode and detokenize must give finite "
                 f"signals, also where the batch lacks the modality.",
             )
+
+
+def _check_cost(config: M3Config, where: str) -> None:
+    """`m3 show` works out memory and FLOPs on the meta device, where no tensor has values."""
+    try:
+        with torch.device("meta"):
+            model = M3Model(config)
+            signals = {name: part.blank(2) for name, part in model.modalities.items()}
+            model(model.prepare(Batch(signals, torch.zeros(2, dtype=torch.long))))
+    except (RuntimeError, NotImplementedError) as error:
+        raise AssertionError(
+            f"{where}: it can't run without values on the meta device, as `m3 show` does ({error}); look at no values "
+            f"(.item(), `if x.any()`) in normalise, tokenize or forward, which would also make a GPU wait."
+        ) from error
 
 
 def _check_training(model: M3Model, batch: Batch, where: str) -> None:

@@ -9,6 +9,7 @@ from m3.data.source import Sample, Source, Split
 from m3.errors import M3Error
 from m3.plugins import Modality
 from m3.recipe import DataSpec
+from m3.samples import split_ending
 
 
 class Folder(Source):
@@ -62,8 +63,9 @@ def _files(root: Path, name: str, modality: Modality, is_only: bool) -> dict[str
         folder = root
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in modality.extensions and path.is_file():
-            key = path.relative_to(folder).with_suffix("").as_posix()
+        split = split_ending(path.relative_to(folder).as_posix(), modality.extensions)
+        if split and path.is_file():
+            key = split[0]
             if key in found:
                 raise M3Error(f"{folder}: {found[key].name} and {path.name} have the same id `{key}`; remove one.")
             found[key] = path
