@@ -157,6 +157,10 @@ class Modality(ABC):
         Raises any exception whose text says what is wrong with the file.
         """
 
+    def example_samples(self) -> list[Any]:
+        """Return a few different samples that `cut` takes, for `m3 plugin check`; none: random ones are tried."""
+        return []
+
     def cut(self, sample: Any, moment: float) -> Any:
         """Take the part of a recording that the model reads: `moment` 0 is the first possible one, 1 the last.
 
@@ -225,6 +229,9 @@ class Tokenizer(nn.Module, ABC):
 
     reference: tuple[int, ...] = ()
     """Tokens along each position axis at the size the model is built for; empty for free coordinates."""
+
+    is_lossless: ClassVar[bool] = True
+    """True where `detokenize` gives back exactly what `tokenize` cut; False where tokens keep less (a codebook)."""
 
     def __init__(self, spec: Any, signal: Signal, width: int) -> None:
         super().__init__()

@@ -33,6 +33,7 @@ class Values:
     def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
         self.spec = spec
         self.width = tokenizer.output_width
+        self.is_relative = spec.normalise
 
     def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
         """Return the targets (B, T, P) of the tokens at index (B, T), as float values or int64 class ids."""

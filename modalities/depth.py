@@ -17,6 +17,7 @@ from m3.data.geometry import fit_map
 from m3.drawing import hide
 from m3.errors import M3Error
 from m3.plugins import Crop, File, Modality, Signal, Strict, ending
+from m3.samples import numbers
 
 
 class Depth(Modality):
@@ -72,10 +73,8 @@ class Depth(Modality):
 
         Numbers that are unknown are NaN, infinite or `missing`, and allowed only with `missing` set.
         """
-        if isinstance(sample, Tensor):
-            sample = sample.cpu().numpy()
-        stored = np.asarray(sample)
-        if stored.size == 0 or stored.squeeze().ndim != 2 or stored.dtype.kind not in "iuf":
+        stored = numbers(sample, "a depth map")
+        if stored.squeeze().ndim != 2:
             raise M3Error(f"a depth map must have shape (height, width), got {stored.dtype} of shape {stored.shape}.")
         metres = stored.astype(np.float32)
         if stored.dtype.kind in "iu":

@@ -18,6 +18,7 @@ from m3.data.geometry import fit_map
 from m3.drawing import hide
 from m3.errors import M3Error
 from m3.plugins import Crop, File, Modality, Signal, Strict
+from m3.samples import numbers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -82,8 +83,7 @@ class Image(Modality):
             sample = _eight_bits(sample)
             if self.spec.channels in (1, 3):
                 sample = sample.convert("RGB" if self.spec.channels == 3 else "L")
-            sample = np.array(sample)
-        x = torch.as_tensor(sample)
+        x = torch.tensor(numbers(sample, "an image"))
         if x.ndim == 2:
             x = x.unsqueeze(0)
         elif x.ndim == 3 and x.shape[0] != self.spec.channels and x.shape[2] == self.spec.channels:

@@ -17,6 +17,7 @@ from m3.data.geometry import fit_map
 from m3.drawing import hide
 from m3.errors import M3Error
 from m3.plugins import Crop, File, Modality, Signal, Strict, ending
+from m3.samples import numbers
 
 
 class SemanticMap(Modality):
@@ -64,7 +65,7 @@ class SemanticMap(Modality):
 
     def to_raw(self, sample: Any) -> Tensor:
         """Check integer (H, W) class ids, so that a wrong label is named here and not by a GPU's assertion."""
-        given = np.asarray(sample)
+        given = numbers(sample, "a semantic map")
         x = torch.as_tensor(given.astype(np.int64) if given.dtype.kind in "iu" else given).squeeze()
         if x.ndim != 2 or given.dtype.kind not in "iu":
             raise M3Error(

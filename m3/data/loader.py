@@ -79,8 +79,8 @@ class Samples(Dataset[Loaded]):
             return error
 
     def collate(self, samples: list[Loaded]) -> Batch:
-        """Make a batch of samples."""
-        return collate(samples, self.modalities)
+        """Make a batch of samples that holds every modality, also one that all of them happen to lack."""
+        return collate(samples, self.modalities, tuple(self.modalities))
 
     def _read(self, number: int) -> Sample:
         """Read a sample, or take the last one again: repeated crops are decoded once."""
@@ -126,21 +126,23 @@ def _keep_some(names: list[str], drop: float | dict[str, float], draws: Random) 
     return kept or [draws.choice(names)] if names else []
 
 
-def collate(samples: list[Loaded], modalities: dict[str, Modality]) -> Batch:
+def collate(samples: list[Loaded], modalities: dict[str, Modality], always: tuple[str, ...] = ()) -> Batch:
     """Stack samples; shorter ones are filled up with the modality's `padding`.
 
-    Where a sample lacks a modality that another has, a blank is stacked and `is_present` says so.
+    Where a sample lacks a modality that another has, a blank is stacked and `is_present` says so; the same for
+    modalities named in `always` that no sample has.
     """
     signals, is_present, times = {}, {}, {}
-    for name in [n for n in modalities if any(n in s.signals for s in samples)]:
-        blank = torch.zeros_like(next(s.signals[name] for s in samples if name in s.signals))
+    for name in [n for n in modalities if n in always or any(n in s.signals for s in samples)]:
+        known = next((s.signals[name] for s in samples if name in s.signals), None)
+        blank = modalities[name].blank(1)[0] if known is None else torch.zeros_like(known)
         signals[name] = _stack([s.signals.get(name, blank) for s in samples], name, modalities[name].padding)
         if not all(name in s.signals for s in samples):
             is_present[name] = torch.tensor([name in s.signals for s in samples])
-        known = [s.times.get(name) for s in samples]
-        filling = next((t for t in known if t is not None), None)
+        seconds = [s.times.get(name) for s in samples]
+        filling = next((t for t in seconds if t is not None), None)
         if filling is not None:
-            times[name] = torch.stack([filling if t is None else t for t in known])
+            times[name] = torch.stack([filling if t is None else t for t in seconds])
     kinds = dict.fromkeys(key for sample in samples for key in sample.labels)
     labels = {key: torch.tensor([s.labels.get(key, -1) for s in samples]) for key in kinds}
     return Batch(

@@ -89,9 +89,7 @@ class Reconstruct(Predictor):
             self.channels[name] = tokenizer.signal.channels
             _check_loss(name, target.loss, tokenizer)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
-        self.is_relative = {
-            name: getattr(provider.spec, "normalise", False) for name, provider in self.providers.items()
-        }
+        self.is_relative = {name: provider.is_relative for name, provider in self.providers.items()}
         self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
         self.has_gaps = {name: tokenizers[m].signal.has_gaps for name, m in self.modality_of.items()}
 

@@ -16,7 +16,7 @@ FILES = [path for path in FILES if not any(parent.is_symlink() for parent in pat
 # Lower stages first; a module may import only from its own line and the lines above.
 ORDER = (
     {"errors"},
-    {"types", "random", "linear", "drawing", "points", "data.recording"},
+    {"types", "random", "linear", "drawing", "points", "samples", "data.recording"},
     {"plugins"},
     {
         "positions",
@@ -38,7 +38,7 @@ ORDER = (
     {"processor", "evaluate"},
     {"show"},
     {"train", "held_out", "reconstruct"},
-    {"summary", "check", "doctor", "bench", "data.commands", "cli", "auto", "m3"},
+    {"summary", "check", "doctor", "bench", "testing", "data.commands", "cli", "auto", "m3"},
 )
 
 

@@ -10,6 +10,7 @@ from m3.data.source import Sample, Source, Split, StoredSample, limited, numbers
 from m3.errors import M3Error
 from m3.plugins import Modality
 from m3.recipe import DataSpec
+from m3.samples import split_ending
 
 
 class Folder(Source):
@@ -116,9 +117,10 @@ def _files(root: Path, name: str, modality: Modality, is_only: bool) -> dict[str
         folder = root
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in modality.extensions and path.is_file():
-            inside = path.relative_to(folder)  # the ending only matters where files of modalities are to be paired
-            key = (inside if is_only else inside.with_suffix("")).as_posix()
+        inside = path.relative_to(folder).as_posix()
+        split = split_ending(inside, modality.extensions)
+        if split and path.is_file():
+            key = inside if is_only else split[0]  # the ending only matters where files of modalities are to be paired
             if key in found:
                 raise M3Error(f"{folder}: {found[key].name} and {path.name} have the same id `{key}`; remove one.")
             found[key] = path

@@ -1,0 +1,108 @@
+"""Every built-in part passes the kit that plugins from outside pass; broken parts fail it with the right sentence.
+
+Parts are found by `available`, so a new file joins the sweep by itself. Modalities need samples: the embedded
+world's, by type, or those of `example_samples`.
+"""
+
+from typing import Any
+
+import pytest
+
+from m3.data.sources.world import World
+from m3.errors import M3Error
+from m3.model import build_modalities
+from m3.plugins import available, find
+from m3.recipe import DataSpec
+from m3.testing import check_modality, check_objective, check_positions, check_scorer, check_target, grid_tokens
+from m3.testing.parts import GRIDS
+from m3.testing.tokenizer import build_tokenizer
+
+# Small sizes for every part that has a setting of the name; the others keep their defaults.
+SMALL = {"size": 32, "classes": 6, "frames": 4, "count": 96}
+SMALL_TOKENS = {"size": 8, "class_width": 8, "groups": 12, "neighbours": 6, "embed_width": (8, 12, 16)}
+
+
+def settings_of(kind: str, name: str, small: dict[str, Any]) -> dict[str, Any]:
+    fields = find(kind, name).Spec.model_fields
+    return {"type": name} | {key: value for key, value in small.items() if key in fields}
+
+
+def modality_settings(name: str) -> dict[str, Any]:
+    return settings_of("modalities", name, SMALL)
+
+
+def samples_of(name: str, count: int = 4) -> list[Any]:
+    part = build_modalities({"own": modality_settings(name)})["own"]
+    own = part.example_samples()
+    if own:
+        return own
+    try:
+        world = World(DataSpec(samples=count), {"own": part}, 3, "train")
+    except M3Error as error:
+        pytest.fail(f"no samples to test `{name}` with ({error}); give the modality `example_samples`")
+    return [world.read(i).signals["own"] for i in range(count)]
+
+
+def readers(name: str) -> list[dict[str, Any]]:
+    """Settings of all tokenizers that read a modality."""
+    signal = build_modalities({"own": modality_settings(name)})["own"].signal
+    found = []
+    for tokenizer in available("tokenizers"):
+        settings = settings_of("tokenizers", tokenizer, SMALL_TOKENS)
+        try:
+            build_tokenizer(settings, signal)
+        except M3Error:
+            continue
+        found.append(settings)
+    return found
+
+
+PAIRS = [(name, tokenizer) for name in available("modalities") for tokenizer in readers(name)]
+
+
+def test_every_modality_has_a_tokenizer_and_every_tokenizer_a_modality() -> None:
+    assert {name for name, _ in PAIRS} == set(available("modalities"))
+    assert {tokenizer["type"] for _, tokenizer in PAIRS} == set(available("tokenizers"))
+
+
+@pytest.mark.parametrize(("name", "tokenizer"), PAIRS, ids=[f"{name}-{t['type']}" for name, t in PAIRS])
+def test_modalities_and_tokenizers_keep_their_contracts(name: str, tokenizer: dict[str, Any]) -> None:
+    check_modality(modality_settings(name), samples_of(name), tokenizer)
+
+
+@pytest.mark.parametrize("kind", available("positions"))
+@pytest.mark.parametrize("counts", GRIDS.values(), ids=GRIDS)
+def test_positions_keep_their_contract(kind: str, counts: tuple[int, ...]) -> None:
+    check_positions({"type": kind}, counts)
+
+
+@pytest.mark.parametrize("kind", available("scorers"))
+def test_scorers_keep_their_contract(kind: str) -> None:
+    """On all tokens together, or where a scorer asks for a kind of them, on those that it takes."""
+    scorer = settings_of("scorers", kind, {})
+    together = grid_tokens()
+    refused = []
+    for tokens in (together, *({name: part} for name, part in together.items())):
+        try:
+            check_scorer(scorer, tokens)
+        except M3Error as error:
+            refused.append(str(error))
+        else:
+            return
+    pytest.fail(f"it ranks none of the kit's tokens: {refused}")
+
+
+@pytest.mark.parametrize("kind", available("targets"))
+def test_targets_keep_their_contract(kind: str) -> None:
+    check_target({"type": kind})
+
+
+@pytest.mark.parametrize("kind", available("objectives"))
+def test_objectives_keep_their_contract(kind: str) -> None:
+    settings: dict[str, Any] = {"type": kind}
+    if kind == "reconstruct":
+        decoder = {"type": "cross_decoder", "width": 48, "depth": 1, "heads": 2}
+        settings |= {"decoder": decoder, "targets": {"image": {}, "depth": {"loss": "l1"}}, "balance": "uncertainty"}
+    names = ("image", "depth")
+    modalities = {name: {**modality_settings(name), "tokenizer": {"type": "patch", "size": 8}} for name in names}
+    check_objective(settings, modalities, {name: samples_of(name) for name in names})
