@@ -33,6 +33,8 @@ HOMES = {
     "decoders": "m3.heads",
     "targets": "m3.targets",
     "positions": "m3.positions",
+    "quantisers": "m3.quantize",
+    "coders": "m3.coders",
 }
 
 

@@ -16,9 +16,9 @@ FILES = [path for path in FILES if not any(parent.is_symlink() for parent in pat
 # Lower stages first; a module may import only from its own line and the lines above.
 ORDER = (
     {"errors"},
-    {"types", "random", "linear", "drawing"},
+    {"types", "random", "linear", "drawing", "codebook"},
     {"plugins"},
-    {"positions", "attention", "scorers", "targets", "config", "memory", "data.geometry", "data.world"},
+    {"positions", "attention", "scorers", "targets", "config", "memory", "quantize", "data.geometry", "data.world"},
     {"backbone", "masking", "modalities", "tokenizers"},
     {"heads", "recipe"},
     {"objectives", "data.source", "schedule", "checkpoint", "ema"},
