@@ -280,12 +280,15 @@ class Objective(nn.Module, ABC):
         The trainer adds them over all micro-batches and ranks before the first backward pass.
         """
 
+    def after_step(self) -> None:
+        """Move what learns without gradients; called by every process after each optimizer step."""
+
 
 class Predictor(Objective):
     """An objective that predicts signals, so that they can be drawn and measured."""
 
-    view: View
-    """What its encoder sees."""
+    view: View | None
+    """What its encoder sees; None: it reads the tokens itself, all of them."""
 
     modality_of: dict[str, str]
     """Target -> the modality it is a prediction of."""

@@ -28,6 +28,7 @@ from m3.data.loader import Order, Samples, first_batches, train_loader
 from m3.data.source import Source, Split
 from m3.ema import Average
 from m3.errors import M3Error
+from m3.evaluate.codebook import measure_codes
 from m3.evaluate.reconstruction import Row, fit_averages, measure
 from m3.memory import compiled, keep_freed_memory
 from m3.model import M3Model, Prepared
@@ -140,6 +141,7 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
         norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
         optimizer.step()
         optimizer.zero_grad()
+        raw_model.after_step()
         if average:
             average.update(raw_model)
         bar.update()
@@ -285,6 +287,7 @@ def evaluate(recipe: Recipe, model: M3Model, samples: Samples, run: Path, step: 
     averages = fit_averages(model, first_batches(samples, AVERAGED_SAMPLES, EVALUATION_BATCH))
     batches = first_batches(held_out, spec.samples, EVALUATION_BATCH)
     rows = measure(model, batches, spec.tasks, averages, recipe.seed) if spec.tasks else []
+    rows += measure_codes(model, first_batches(held_out, spec.samples, EVALUATION_BATCH))
     views = {"masked": None} | {
         f"from {', '.join(task.visible)}": task.visible for task in spec.tasks.values() if task.visible
     }

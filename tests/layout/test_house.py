@@ -20,7 +20,7 @@ ORDER = (
     {"plugins"},
     {"positions", "attention", "scorers", "targets", "config", "memory", "quantize", "data.geometry", "data.world"},
     {"backbone", "masking", "modalities", "tokenizers"},
-    {"heads", "recipe"},
+    {"heads", "coders", "recipe"},
     {"objectives", "data.source", "schedule", "checkpoint", "ema"},
     {"data.sources", "data.loader", "model", "progress"},
     {"processor", "evaluate"},
