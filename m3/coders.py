@@ -42,7 +42,7 @@ class Coder(Protocol):
 
 
 class Vit(nn.Module):
-    """A ViT on both sides, one code per token (ViT-VQGAN, Yu et al. 2021; 4M's tokenizers of semantic and feature maps).
+    """A ViT on both sides, one code per token (ViT-VQGAN, Yu et al. 2021; 4M for semantic and feature maps).
 
     The encoder is the `backbone` section without class tokens, the decoder blocks of the same width.
     """
@@ -163,6 +163,7 @@ def _as_map(x: Tensor, grid: tuple[int, ...]) -> Tensor:
     """Lay tokens (B, N, D) out on their grid: (B, D, R, C)."""
     if x.shape[1] != grid[0] * grid[1]:
         raise M3Error(
-            f"coder `conv` reads the {grid[0]} x {grid[1]} tokens it was built for, got {x.shape[1]}; resize the signal."
+            f"coder `conv` reads the {grid[0]} x {grid[1]} tokens it was built for, got {x.shape[1]}; "
+            f"resize the signal."
         )
     return x.transpose(1, 2).unflatten(2, grid)

@@ -105,6 +105,7 @@ class M3Model(PreTrainedModel):
                 raise M3Error(f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`.")
             part, settings = build_spec("tokenizers", config.modalities[name]["tokenizer"], where)
             tokenizer = self.tokenizers[name] = part(settings, modality.signal, spec.width)
+            config.modalities[name]["tokenizer"] |= tokenizer.pinned
             tokenizer.positions = config.modalities[name].get("positions", tokenizer.positions)
         objectives = {}
         for name, entry in config.objectives.items():

@@ -216,6 +216,9 @@ class Tokenizer(nn.Module, ABC):
     reference: tuple[int, ...] = ()
     """Tokens along each position axis at the size the model is built for; empty for free coordinates."""
 
+    pinned: ClassVar[dict[str, Any]] = {}
+    """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
+
     def __init__(self, spec: Any, signal: Signal, width: int) -> None:
         super().__init__()
         self.spec = spec

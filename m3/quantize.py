@@ -221,7 +221,7 @@ class Vq(nn.Module):
         """Return (H, M) the number of the nearest code: rows (H, M, E), book (H, K, E)."""
         return (rows @ book.transpose(1, 2) - book.square().sum(-1).unsqueeze(1) / 2).argmax(-1)
 
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def _record(self, rows: Tensor, indices: Tensor, is_valid: Tensor | None) -> None:
         """Add the vectors of one micro-batch to what the step has seen."""
         if self._seen is None:

@@ -91,7 +91,7 @@ class Reconstruct(Predictor):
 
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
         """Return one part per target, named after it."""
-        view = encoded[self.view]
+        view = encoded[self.views[0]]
         parts = {}
         for number, (name, target) in enumerate(self.spec.targets.items()):
             modality = self.modality_of[name]
@@ -117,7 +117,7 @@ class Reconstruct(Predictor):
         counts = {}
         for name in self.spec.targets:
             modality = self.modality_of[name]
-            index, is_target = self._targets(name, plans[self.view], tokens)
+            index, is_target = self._targets(name, plans[self.views[0]], tokens)
             truth = self.providers[name](tokens[modality], index)
             weights = value_weights(truth, is_target, self.has_gaps[name])
             counts[name] = reduce(torch.zeros_like(truth, dtype=torch.float32), weights, self.spec.average)[1]

@@ -23,9 +23,9 @@ ORDER = (
     {"heads", "coders", "recipe"},
     {"objectives", "data.source", "schedule", "checkpoint", "ema"},
     {"data.sources", "data.loader", "model", "progress"},
-    {"processor", "evaluate"},
+    {"processor", "evaluate", "tokenizer_model"},
     {"show"},
-    {"train", "reconstruct"},
+    {"train", "reconstruct", "tokenize_data"},
     {"summary", "check", "doctor", "bench", "cli", "auto", "m3"},
 )
 
