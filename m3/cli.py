@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
     command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
     data_commands.add_arguments(commands)
+    command = add("tokenize", _tokenize, "turn a data source into shards of code numbers", recipe=False)
+    command.add_argument("tokenizer", help="model folder of a run with an `autoencode` objective")
+    command.add_argument("recipe", help="recipe whose `data` section says where the samples come from")
+    command.add_argument("out", help="folder for the shards")
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe")
+    command.add_argument("--per-shard", type=int, default=1000, help="samples in a shard (default 1000)")
     add("doctor", _doctor, "print versions, devices and which optional parts load", recipe=False)
     return parser
 
@@ -101,6 +107,14 @@ def _share(text: str) -> float:
         return float(text)
     except ValueError as error:
         raise M3Error(f"--visible must be a share such as 0.25, got `{text}`.") from error
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    from m3.recipe import load_recipe
+    from m3.tokenize_data import tokenize
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    tokenize(options.tokenizer, recipe, Path(options.out), options.per_shard)
 
 
 def _doctor(options: argparse.Namespace) -> None:

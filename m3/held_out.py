@@ -8,6 +8,7 @@ from rich.console import Console
 
 from m3.data.loader import Samples, first_batches
 from m3.data.source import Source
+from m3.evaluate.codebook import measure_codes
 from m3.evaluate.reconstruction import Average, Row, fit_averages, measure
 from m3.model import M3Model
 from m3.progress import HELD_OUT, Skipped, append
@@ -60,6 +61,9 @@ class HeldOut:
                 self.averages = fit_averages(self.model, map(self.train_skipped.count, batches))
             batches = map(self.skipped.count, first_batches(self.samples, spec.samples, BATCH))
             rows = measure(self.model, batches, spec.tasks, self.averages, seed)
+        if self.is_there:
+            rows += measure_codes(self.model, first_batches(self.samples, spec.samples, BATCH))
+        if rows:
             line: dict[str, float] = {"step": step}
             for row in rows:
                 line |= {f"{HELD_OUT}{row.task}": row.model, f"baseline/{row.task}": row.baseline}

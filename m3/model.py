@@ -114,23 +114,27 @@ class M3Model(PreTrainedModel):
                 raise M3Error(f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`.")
             part, settings = build_spec("tokenizers", config.modalities[name]["tokenizer"], where)
             tokenizer = self.tokenizers[name] = part(settings, modality.signal, spec.width)
+            config.modalities[name]["tokenizer"] |= tokenizer.pinned
             tokenizer.positions = config.modalities[name].get("positions", tokenizer.positions)
-            self.positions[name] = build_positions(tokenizer, spec.width, spec.axis_order)
-        self.modality_embeddings = nn.ParameterDict()
-        if spec.modality_embedding:
-            for name in self.modalities:
-                self.modality_embeddings[name] = nn.Parameter(torch.empty(1, spec.width))
-        self.backbone = Backbone(spec)
-        self.objectives = nn.ModuleDict()
+        objectives = {}
         for name, entry in config.objectives.items():
             part, settings = build_spec("objectives", entry, f"objectives.{name}")
             with within(f"objectives.{name}"):
-                self.objectives[name] = part(settings, dict(self.tokenizers.items()), spec)
+                objectives[name] = part(settings, dict(self.tokenizers.items()), spec)
         self.views: dict[View, Any] = {}
-        for name, objective in self._objectives().items():
+        for name, objective in objectives.items():
             for view in objective.views:
                 with within(f"objectives.{name}"):
                     self.views[view] = masking.build(view)
+        self.modality_embeddings = nn.ParameterDict()
+        self.backbone = None  # objectives without views bring their own network
+        if self.views:
+            for name in self.modalities:
+                self.positions[name] = build_positions(self._tokenizer(name), spec.width, spec.axis_order)
+                if spec.modality_embedding:
+                    self.modality_embeddings[name] = nn.Parameter(torch.empty(1, spec.width))
+            self.backbone = Backbone(spec)
+        self.objectives = nn.ModuleDict(objectives)
         self.post_init()
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
@@ -197,8 +201,15 @@ class M3Model(PreTrainedModel):
         loss = Loss(parts)
         return M3Output(loss=loss.total(), parts=loss)
 
+    def after_step(self) -> None:
+        """Move what learns without gradients, e.g. codebooks; the trainer calls it after each optimizer step."""
+        for objective in self._objectives().values():
+            objective.after_step()
+
     def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
         """Embed and encode the visible tokens of one view, and only those."""
+        if self.backbone is None:
+            raise M3Error("the model has no backbone, since none of its objectives has a view; use `M3Tokenizer`.")
         slots, angles = {}, {}
         for name, index in plan.visible.items():
             values = take(tokens[name].values, index)
@@ -252,12 +263,15 @@ class M3Model(PreTrainedModel):
         tokens = self.tokenise(batch)
         predictor = self._predictor(objective)
         draws = Draws(batch.keys, seed)
-        seen = {name: tokens[name] for name in predictor.view.modalities if name in tokens}
-        if visible is None:
-            plan = self.views[predictor.view](seen, draws)
+        view = predictor.view
+        seen = {name: tokens[name] for name in view.modalities if name in tokens} if view else {}
+        if view is None:
+            encoded = Encoded(torch.empty(len(batch), 0, 0), 0, MaskPlan({}, {}))
+        elif visible is None:
+            encoded = self.encode_tokens(tokens, self.views[view](seen, draws))
         else:
-            plan = masking.explicit(seen, masking.masks(seen, visible, draws))
-        encoded = self.encode_tokens(tokens, plan)
+            encoded = self.encode_tokens(tokens, masking.explicit(seen, masking.masks(seen, visible, draws)))
+        plan = encoded.plan
         predicted, outputs, guesses = {}, {}, {}
         for name, modality in predictor.modality_of.items():
             part = self._askable(modality, tokens, batch)
@@ -312,11 +326,11 @@ class M3Model(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as MAE does: xavier-uniform matrices, zero biases, N(0, 0.02) tokens and embeddings."""
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Conv2d):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):

@@ -33,6 +33,8 @@ HOMES = {
     "decoders": "m3.heads",
     "targets": "m3.targets",
     "positions": "m3.positions",
+    "quantisers": "m3.quantize",
+    "coders": "m3.coders",
 }
 
 
@@ -233,6 +235,9 @@ class Tokenizer(nn.Module, ABC):
     is_lossless: ClassVar[bool] = True
     """True where `detokenize` gives back exactly what `tokenize` cut; False where tokens keep less (a codebook)."""
 
+    pinned: ClassVar[dict[str, Any]] = {}
+    """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
+
     def __init__(self, spec: Any, signal: Signal, width: int) -> None:
         super().__init__()
         self.spec = spec
@@ -297,12 +302,15 @@ class Objective(nn.Module, ABC):
         The trainer adds them over all micro-batches and ranks before the first backward pass.
         """
 
+    def after_step(self) -> None:
+        """Move what learns without gradients; called by every process after each optimizer step."""
+
 
 class Predictor(Objective):
     """An objective that predicts signals, so that they can be drawn and measured."""
 
-    view: View
-    """What its encoder sees."""
+    view: View | None
+    """What its encoder sees; None: it reads the tokens itself, all of them."""
 
     modality_of: dict[str, str]
     """Target -> the modality it is a prediction of."""

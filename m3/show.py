@@ -20,6 +20,7 @@ BASELINES = {
     "constant": "constant: the training mean, or the most frequent class",
     "average_map": "average map: the training mean or most frequent class of each position",
     "patch_mean": "patch mean: the hidden patch's own mean",
+    "one_code": "one code: a collapsed codebook that says the same of everything",
 }
 
 
@@ -93,7 +94,8 @@ def _pictures(model: M3Model, batch: Batch, result: Reconstruction, sample: int)
         if tokens is not None:
             if is_seen is None:
                 is_seen = torch.zeros(tokens.values.shape[:2], dtype=torch.bool, device=tokens.values.device)
-            pictures[f"{name}: seen"] = draw_values(tokens.values, is_seen)
+            if result.plan.visible:
+                pictures[f"{name}: seen"] = draw_values(tokens.values, is_seen)
         for target in (t for t, m in modality_of.items() if m == name and t in result.predicted):
             note = " (true contrast)" if relative.get(target) else ""
             values = result.values[target]

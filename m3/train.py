@@ -129,6 +129,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
+            raw_model.after_step()
             if average:
                 average.update(raw_model)
             bar.update()

@@ -95,7 +95,7 @@ def _average(batches: list[Tensor], modality: Modality) -> Average:
 def check_tasks(model: M3Model, tasks: dict[str, TaskSpec]) -> None:
     """Raise M3Error for a task that can't be measured on this model; called before the first step of a run."""
     modality_of = targets_of(model)
-    inputs = [name for predictor in predictors(model) for name in predictor.view.modalities]
+    inputs = [name for part in predictors(model) if part.view for name in part.view.modalities]
     for name, task in tasks.items():
         where = f"evaluate.tasks.{name}"
         if task.target not in modality_of:
@@ -187,7 +187,7 @@ def _score(
     if task.baseline == "patch_mean":
         return _relative_errors(model, task.target, tokens, is_asked, result)
     if task.baseline == "neighbours":
-        guess = neighbours(modality.signal, tokens, result.is_visible[name])
+        guess = neighbours(model.tokenizers[name].signal, tokens, result.is_visible[name])
     else:
         guess = constant(averages[name], task.baseline == "average_map", tokens)
     size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))

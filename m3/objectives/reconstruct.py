@@ -69,14 +69,14 @@ class Reconstruct(Predictor):
         self.spec = spec
         self.inputs = spec.inputs or tuple(tokenizers)
         for name in self.inputs:
-            _check_modality("inputs", name, tokenizers)
+            check_modality("reconstruct.inputs", name, tokenizers)
         self.view = View(self.inputs, json.dumps(spec.masking, sort_keys=True))
         self.views = (self.view,)
         self.decoders = nn.ModuleDict()
         self.providers, self.modality_of, self.classes, self.channels = {}, {}, {}, {}
         for name, target in spec.targets.items():
             modality = target.of or name
-            _check_modality(f"targets.{name}", modality, tokenizers)
+            check_modality(f"reconstruct.targets.{name}", modality, tokenizers)
             tokenizer = tokenizers[modality]
             part, settings = build_spec("targets", target.target, f"targets.{name}.target")
             self.providers[name] = part(settings, tokenizer)
@@ -87,7 +87,7 @@ class Reconstruct(Predictor):
                 )
             self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
             self.channels[name] = tokenizer.signal.channels
-            _check_loss(name, target.loss, tokenizer)
+            check_loss(name, target.loss, tokenizer)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
         self.is_relative = {name: provider.is_relative for name, provider in self.providers.items()}
         self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
@@ -95,17 +95,17 @@ class Reconstruct(Predictor):
 
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
         """Return one part per target, named after it."""
-        view = encoded[self.view]
+        view = encoded[self.views[0]]
         parts = {}
         for number, (name, target) in enumerate(self.spec.targets.items()):
             modality = self.modality_of[name]
             index, is_target = self._targets(name, view.plan, tokens)
             predicted = self.predict(name, view, tokens, index)
             truth = self.providers[name](tokens[modality], index)
-            weights = _weights(truth, is_target, self.has_gaps[name])
+            weights = value_weights(truth, is_target, self.has_gaps[name])
             if self.has_gaps[name]:  # NaN would poison the gradient even where the weight is False
                 truth = truth.nan_to_num(0.0)
-            losses = _losses(target.loss, predicted.float(), truth, self.classes[name], self.channels[name])
+            losses = elementwise_losses(target.loss, predicted.float(), truth, self.classes[name], self.channels[name])
             total, count = reduce(losses, weights, self.spec.average)
             weight = target.weight
             if self.log_variance is not None:
@@ -121,9 +121,9 @@ class Reconstruct(Predictor):
         counts, asked = {}, 0
         for name in self.spec.targets:
             modality = self.modality_of[name]
-            index, is_target = self._targets(name, plans[self.view], tokens)
+            index, is_target = self._targets(name, plans[self.views[0]], tokens)
             truth = self.providers[name](tokens[modality], index)
-            weights = _weights(truth, is_target, self.has_gaps[name])
+            weights = value_weights(truth, is_target, self.has_gaps[name])
             asked += index.shape[1]
             counts[name] = reduce(torch.zeros_like(truth, dtype=torch.float32), weights, self.spec.average)[1]
         if not asked:
@@ -177,7 +177,7 @@ def reduce(losses: Tensor, weights: Tensor | None, average: str) -> tuple[Tensor
     return (losses.flatten(1).sum(1) / counts.clamp(min=1)).sum(), (counts > 0).sum().to(losses.dtype)
 
 
-def _losses(kind: str, predicted: Tensor, truth: Tensor, classes: int, channels: int) -> Tensor:
+def elementwise_losses(kind: str, predicted: Tensor, truth: Tensor, classes: int, channels: int) -> Tensor:
     """Return (B, T, P) losses of single values; those of unknown values mean nothing and are not counted."""
     if kind == "cross_entropy":
         scores = predicted.reshape(-1, classes)
@@ -190,7 +190,7 @@ def _losses(kind: str, predicted: Tensor, truth: Tensor, classes: int, channels:
     return measure(predicted, truth.float(), reduction="none")
 
 
-def _weights(truth: Tensor, is_target: Tensor | None, has_gaps: bool) -> Tensor | None:
+def value_weights(truth: Tensor, is_target: Tensor | None, has_gaps: bool) -> Tensor | None:
     """Return (B, T, 1 or P) bool, True for values that count; None when all do."""
     weights = None if is_target is None else is_target.unsqueeze(-1)
     if has_gaps:
@@ -199,12 +199,14 @@ def _weights(truth: Tensor, is_target: Tensor | None, has_gaps: bool) -> Tensor 
     return weights
 
 
-def _check_modality(where: str, name: str, tokenizers: dict[str, Tokenizer]) -> None:
+def check_modality(where: str, name: str, tokenizers: dict[str, Tokenizer]) -> None:
+    """Raise M3Error when a setting names a modality that is not there."""
     if name not in tokenizers:
         raise M3Error(f"{where} names `{name}`, which is no modality of the recipe.{nearest(name, tokenizers)}")
 
 
-def _check_loss(name: str, loss: str, tokenizer: Tokenizer) -> None:
+def check_loss(name: str, loss: str, tokenizer: Tokenizer) -> None:
+    """Raise M3Error when a loss can't compare what the tokens of target `name` hold."""
     if loss == "chamfer" and tokenizer.signal.channel_axis != -1:
         raise M3Error(f"target `{name}` holds no points, which loss `chamfer` compares; use mse, l1 or smooth_l1.")
     if (loss == "cross_entropy") != (tokenizer.signal.kind == "classes"):

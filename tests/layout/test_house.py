@@ -16,7 +16,7 @@ FILES = [path for path in FILES if not any(parent.is_symlink() for parent in pat
 # Lower stages first; a module may import only from its own line and the lines above.
 ORDER = (
     {"errors"},
-    {"types", "random", "linear", "drawing", "points", "samples", "data.recording"},
+    {"types", "random", "linear", "drawing", "points", "samples", "codebook", "data.recording"},
     {"plugins"},
     {
         "positions",
@@ -26,18 +26,19 @@ ORDER = (
         "config",
         "memory",
         "teachers",
+        "quantize",
         "data.geometry",
         "data.clouds",
         "data.files",
     },
     {"data.world", "data.video", "data.sound", "data.words"},
     {"backbone", "masking", "modalities", "tokenizers"},
-    {"heads", "recipe"},
+    {"heads", "coders", "recipe"},
     {"objectives", "data.source", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
     {"data.sources", "data.pack", "data.check", "data.loader", "model", "progress"},
-    {"processor", "evaluate"},
+    {"processor", "evaluate", "tokenizer_model"},
     {"show"},
-    {"train", "held_out", "reconstruct"},
+    {"train", "held_out", "reconstruct", "tokenize_data"},
     {"summary", "check", "doctor", "bench", "testing", "data.commands", "cli", "auto", "m3"},
 )
 
