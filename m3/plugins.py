@@ -216,9 +216,6 @@ class Tokenizer(nn.Module, ABC):
     reference: tuple[int, ...] = ()
     """Tokens along each position axis at the size the model is built for; empty for free coordinates."""
 
-    pinned: ClassVar[dict[str, Any]] = {}
-    """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
-
     def __init__(self, spec: Any, signal: Signal, width: int) -> None:
         super().__init__()
         self.spec = spec
@@ -226,6 +223,8 @@ class Tokenizer(nn.Module, ABC):
         self.width = width
         self.positions: dict[str, Any] = {"type": "sincos"}
         """The `positions` of the modality's recipe entry; set by the model before anything is built on them."""
+        self.pinned: dict[str, Any] = {}
+        """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
 
     @abstractmethod
     def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:

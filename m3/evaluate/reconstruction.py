@@ -57,7 +57,7 @@ def fit_averages(model: M3Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
                     ~part.is_valid.unsqueeze(-1), torch.nan if values.is_floating_point() else -1
                 )
             if not values.is_floating_point():
-                classes = model.tokenizers[name].signal.classes
+                classes = model.tokens_hold(name).classes
                 values = F.one_hot(values.clamp(min=-1) + 1, classes + 1)[..., 1:].float()
             sums[name] = _add(sums.get(name), values.nan_to_num(0.0).sum(0))
             counts[name] = _add(counts.get(name), (~values.isnan()).sum(0).float())
@@ -146,9 +146,9 @@ def _score(
     if task.baseline == "patch_mean":
         return _relative_errors(model, task.target, tokens, is_asked, result)
     if task.baseline == "neighbours":
-        guess = neighbours(model.tokenizers[name].signal, tokens, result.is_visible[name])
+        guess = neighbours(model.tokens_hold(name), tokens, result.is_visible[name])
     else:
-        guess = constant(averages[name], model.tokenizers[name].signal, task.baseline == "average_map", tokens)
+        guess = constant(averages[name], model.tokens_hold(name), task.baseline == "average_map", tokens)
     size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
 
     def signal(values: Tensor) -> Tensor:
