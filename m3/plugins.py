@@ -235,9 +235,6 @@ class Tokenizer(nn.Module, ABC):
     is_lossless: ClassVar[bool] = True
     """True where `detokenize` gives back exactly what `tokenize` cut; False where tokens keep less (a codebook)."""
 
-    pinned: ClassVar[dict[str, Any]] = {}
-    """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
-
     def __init__(self, spec: Any, signal: Signal, width: int) -> None:
         super().__init__()
         self.spec = spec
@@ -245,6 +242,8 @@ class Tokenizer(nn.Module, ABC):
         self.width = width
         self.positions: dict[str, Any] = {"type": "sincos"}
         """The `positions` of the modality's recipe entry; set by the model before anything is built on them."""
+        self.pinned: dict[str, Any] = {}
+        """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
 
     @abstractmethod
     def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:
