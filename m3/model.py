@@ -19,7 +19,8 @@ from m3 import masking
 from m3.backbone import Backbone, BackboneSpec
 from m3.config import M3Config
 from m3.errors import M3Error, explain, nearest, within
-from m3.plugins import Modality, Objective, Predictor, Signal, Tokenizer, View, build_spec
+from m3.parts import build_spec
+from m3.plugins import Modality, Objective, Predictor, Signal, Tokenizer, View
 from m3.positions import Rotary, build_positions
 from m3.random import Draws
 from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens, take

@@ -17,7 +17,7 @@ FILES = [path for path in FILES if not any(parent.is_symlink() for parent in pat
 ORDER = (
     {"errors"},
     {"types", "random", "linear", "drawing", "points", "samples", "codebook", "data.recording"},
-    {"plugins"},
+    {"plugins", "parts"},
     {
         "positions",
         "attention",
