@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LINKS = {"tokenizers", "modalities", "recipes"}
 COMPOSING = {"model", "processor", "train", "check", "bench", "summary", "show", "reconstruct", "cli", "doctor"}
-COMPOSING |= {"evaluate.reconstruction", "auto", "__init__"}
+COMPOSING |= {"evaluate.reconstruction", "held_out", "auto", "__init__"}
 
 
 def python_files() -> dict[str, Path]:
