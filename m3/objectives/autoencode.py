@@ -49,7 +49,7 @@ class Autoencode(Predictor):
     def __init__(self, spec: Spec, tokenizers: dict[str, Tokenizer], backbone: BackboneSpec) -> None:
         super().__init__()
         self.spec = spec
-        check_modality("autoencode.of", spec.of, tokenizers)
+        check_modality("of", spec.of, tokenizers)
         tokenizer = tokenizers[spec.of]
         check_loss(spec.of, spec.loss, tokenizer)
         self._tokenizers = tokenizers  # a plain dict: their parameters belong to the model

@@ -70,14 +70,14 @@ class Reconstruct(Predictor):
         self.spec = spec
         self.inputs = spec.inputs or tuple(tokenizers)
         for name in self.inputs:
-            check_modality("reconstruct.inputs", name, tokenizers)
+            check_modality("inputs", name, tokenizers)
         self.view = View(self.inputs, json.dumps(spec.masking, sort_keys=True))
         self.views = (self.view,)
         self.decoders = nn.ModuleDict()
         self.providers, self.modality_of, self.classes, self.channels = {}, {}, {}, {}
         for name, target in spec.targets.items():
             modality = target.of or name
-            check_modality(f"reconstruct.targets.{name}", modality, tokenizers)
+            check_modality(f"targets.{name}", modality, tokenizers)
             tokenizer = tokenizers[modality]
             part, settings = build_spec("targets", target.target, f"targets.{name}.target")
             self.providers[name] = part(settings, tokenizer)
@@ -90,7 +90,7 @@ class Reconstruct(Predictor):
             self.channels[name] = tokenizer.signal.channels
             check_loss(name, target.loss, tokenizer)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
-        self.is_relative = {name: provider.is_relative for name, provider in self.providers.items()}
+        self.is_relative = {name: getattr(part, "is_relative", False) for name, part in self.providers.items()}
         self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
         self.has_gaps = {name: tokenizers[m].signal.has_gaps for name, m in self.modality_of.items()}
 

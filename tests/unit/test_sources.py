@@ -170,8 +170,8 @@ def test_samples_may_lack_modalities_only_where_the_recipe_allows_it(tmp_path: P
 
 def test_an_address_is_left_as_it_is_and_a_path_made_absolute(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    assert DataSpec(root="s3://bucket/a/../b").root == "s3://bucket/a/../b"
-    assert DataSpec(root="data/x.csv").root == str(tmp_path / "data/x.csv")
+    assert DataSpec(source="shards", root="s3://bucket/a/../b").root == "s3://bucket/a/../b"
+    assert DataSpec(source="folder", root="data/x.csv").root == str(tmp_path / "data/x.csv")
 
 
 def test_the_world_covers_all_it_makes() -> None:

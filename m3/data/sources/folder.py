@@ -16,7 +16,7 @@ from m3.samples import split_ending
 class Folder(Source):
     """Every modality in the folder of its name; sample ids are the paths below it without ending.
 
-    With one modality its files may also lie in the root itself, at any depth, and ids keep the ending.
+    With one modality its files may also lie in the root itself, at any depth.
     `root/train` and `root/val` are used as the two splits when both exist; otherwise `held_out` samples (at most
     a tenth), chosen by a hash of their id, are held out. The root may also be a manifest (.csv or .jsonl), whose
     columns are modalities, `id`, `label` or `label:NAME` and `split` (train, held_out or val); an empty value says
@@ -120,7 +120,9 @@ def _files(root: Path, name: str, modality: Modality, is_only: bool) -> dict[str
         inside = path.relative_to(folder).as_posix()
         split = split_ending(inside, modality.extensions)
         if split and path.is_file():
-            key = inside if is_only else split[0]  # the ending only matters where files of modalities are to be paired
+            key = split[0]
+            if key in found and is_only:  # the ending only matters where files of modalities are to be paired
+                key = inside
             if key in found:
                 raise M3Error(f"{folder}: {found[key].name} and {path.name} have the same id `{key}`; remove one.")
             found[key] = path
