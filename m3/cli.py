@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from m3 import plugin_commands
 from m3.errors import M3Error
 
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
     command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
     add("doctor", _doctor, "print versions, devices and which optional parts load", recipe=False)
+    plugin_commands.add_arguments(commands)
     return parser
 
 

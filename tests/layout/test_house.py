@@ -16,7 +16,7 @@ FILES = [path for path in FILES if not any(parent.is_symlink() for parent in pat
 # Lower stages first; a module may import only from its own line and the lines above.
 ORDER = (
     {"errors"},
-    {"types", "random", "linear", "drawing", "samples"},
+    {"types", "random", "linear", "drawing", "samples", "plugin_template"},
     {"plugins"},
     {"positions", "attention", "scorers", "targets", "config", "memory", "data.geometry", "data.world"},
     {"backbone", "masking", "modalities", "tokenizers"},
@@ -26,7 +26,7 @@ ORDER = (
     {"processor", "evaluate"},
     {"show"},
     {"train", "reconstruct"},
-    {"summary", "check", "doctor", "bench", "testing", "cli", "auto", "m3"},
+    {"summary", "check", "doctor", "bench", "testing", "plugin_commands", "cli", "auto", "m3"},
 )
 
 
