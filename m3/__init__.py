@@ -17,15 +17,17 @@ if TYPE_CHECKING:
     from m3.model import M3Model
     from m3.processor import M3Processor
     from m3.recipe import load_recipe
+    from m3.tokenizer_model import M3Tokenizer
 
 __version__ = "0.1.0"
-__all__ = ["M3Config", "M3Error", "M3Model", "M3Processor", "load_recipe"]
+__all__ = ["M3Config", "M3Error", "M3Model", "M3Processor", "M3Tokenizer", "load_recipe"]
 
 _HOMES = {
     "M3Config": "m3.config",
     "M3Error": "m3.errors",
     "M3Model": "m3.model",
     "M3Processor": "m3.processor",
+    "M3Tokenizer": "m3.tokenizer_model",
     "load_recipe": "m3.recipe",
 }
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from m3.attention import SelfAttention, key_mask
@@ -57,10 +57,10 @@ class BackboneSpec(Strict):
     width: PositiveInt = 768
     depth: PositiveInt = 12
     heads: PositiveInt = 12
-    mlp_ratio: float = 4.0
-    class_tokens: int = 1
+    mlp_ratio: PositiveFloat = 4.0
+    class_tokens: NonNegativeInt = 1
     final_norm: bool = True
-    norm_eps: float = 1e-6
+    norm_eps: PositiveFloat = 1e-6
     axis_order: Literal["xy", "yx"] = "xy"
     modality_embedding: bool = False
 

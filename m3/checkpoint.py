@@ -12,6 +12,9 @@ from typing import Any
 from m3.errors import M3Error
 
 STATE = "state.json"
+CAN_OPEN_FOLDERS = os.name != "nt"
+WRITTEN = ("recipe.yaml", "metrics.jsonl", "checkpoints", "model", "model_ema", "preview.png", "previews", "logs")
+"""What a run writes into its folder."""
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -67,14 +70,49 @@ def prune(run: Path, keep: int) -> None:
         shutil.rmtree(path)
 
 
+def set_aside(run: Path) -> Path | None:
+    """Move what an earlier run left in a run folder to `NAME.1`, `NAME.2`, ...; nothing is ever overwritten.
+
+    Returns:
+        Where it lies now, or None if there was nothing worth keeping.
+    """
+    metrics = run / "metrics.jsonl"
+    has_metrics = metrics.is_file() and metrics.stat().st_size > 0
+    if not (newest(run) or has_metrics or (run / "model").is_dir()):
+        return None
+    run = run.resolve()
+    number = 1
+    while (aside := run.with_name(f"{run.name}.{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for name in WRITTEN:
+        if (run / name).exists():
+            (run / name).rename(aside / name)
+    return aside
+
+
 def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: Path) -> None:
     """Raise when a checkpoint belongs to another model than the recipe describes, naming the first difference."""
     difference = _first_difference(saved, wanted, "")
     if difference:
         raise M3Error(
-            f"{checkpoint} was made by another recipe: {difference}; resume with its own recipe "
-            f"({checkpoint.parent.parent / 'recipe.yaml'}) or choose another `name`."
+            f"{checkpoint} was made by another recipe: {difference}; resume with {_own_recipe(checkpoint)} or choose "
+            f"another `name`."
         )
+
+
+def check_same_order(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: Path) -> None:
+    """Raise when the samples would come in another order than before, naming the first difference."""
+    difference = _first_difference(saved, wanted, "")
+    if difference:
+        raise M3Error(
+            f"{checkpoint} was trained on other data: {difference}, so some samples would be repeated and others left "
+            f"out; resume with {_own_recipe(checkpoint)} or start anew without --resume."
+        )
+
+
+def _own_recipe(checkpoint: Path) -> str:
+    return f"its own recipe ({checkpoint.parent.parent / 'recipe.yaml'})"
 
 
 def _first_difference(saved: Any, wanted: Any, path: str) -> str | None:
@@ -94,7 +132,10 @@ def _first_difference(saved: Any, wanted: Any, path: str) -> str | None:
 
 def _flush(path: Path) -> None:
     """Force a file or folder to disk, so that the rename can't overtake its content."""
-    handle = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    if is_folder and not CAN_OPEN_FOLDERS:
+        return
+    handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes only what may be written
     try:
         os.fsync(handle)
     finally:

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 
 from m3 import plugin_commands
+from m3.data import commands as data_commands
 from m3.errors import M3Error
 
 
@@ -51,11 +52,18 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, default=5, help="timed steps, the median counts (default 5)")
     command.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn (default 3)")
     command = add("reconstruct", _reconstruct, "draw what a model predicts for files", recipe=False)
-    command.add_argument("model", help="model folder or Hub id")
+    command.add_argument("model", help="folder of a model or of its run, or Hub id")
     command.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or modality=file for models of several")
     command.add_argument("--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's")
     command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
     command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
+    data_commands.add_arguments(commands)
+    command = add("tokenize", _tokenize, "turn a data source into shards of code numbers", recipe=False)
+    command.add_argument("tokenizer", help="model folder of a run with an `autoencode` objective")
+    command.add_argument("recipe", help="recipe whose `data` section says where the samples come from")
+    command.add_argument("out", help="folder for the shards")
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe")
+    command.add_argument("--per-shard", type=int, default=1000, help="samples in a shard (default 1000)")
     add("doctor", _doctor, "print versions, devices and which optional parts load", recipe=False)
     plugin_commands.add_arguments(commands)
     return parser
@@ -92,8 +100,23 @@ def _bench(options: argparse.Namespace) -> None:
 def _reconstruct(options: argparse.Namespace) -> None:
     from m3.reconstruct import reconstruct_files
 
-    visible = None if options.visible is None else float(options.visible)
+    visible = None if options.visible is None else _share(options.visible)
     reconstruct_files(options.model, options.inputs, Path(options.out), visible, options.seed)
+
+
+def _share(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as error:
+        raise M3Error(f"--visible must be a share such as 0.25, got `{text}`.") from error
+
+
+def _tokenize(options: argparse.Namespace) -> None:
+    from m3.recipe import load_recipe
+    from m3.tokenize_data import tokenize
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    tokenize(options.tokenizer, recipe, Path(options.out), options.per_shard)
 
 
 def _doctor(options: argparse.Namespace) -> None:

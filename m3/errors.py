@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from pydantic import BaseModel, ValidationError
 
 
 class M3Error(ValueError):
     """Bad input (recipe, file, checkpoint, sample): the message is one sentence that names place and remedy."""
+
+
+@contextmanager
+def within(path: str) -> Iterator[None]:
+    """Put a key path in front of a mistake found inside: `masking.visibel: ...` becomes `objectives.x.masking.visibel`.
+
+    Args:
+        path: of the settings that are read inside.
+    """
+    try:
+        yield
+    except M3Error as error:
+        begins_with_key = " " not in str(error).partition(":")[0]
+        raise M3Error(f"{path}{'.' if begins_with_key else ': '}{error}") from error
 
 
 def nearest(name: str, options: Iterable[str]) -> str:

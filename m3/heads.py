@@ -82,7 +82,7 @@ class SelfDecoder(nn.Module):
         x = self.embed(encoded.sequence)
         rows = torch.cat([x[:, count:], self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
         full = take(rows, restore_index(encoded.plan, self.modality, own.count))
-        full = full + self.positions(own.positions)
+        full = full + self.positions(own.positions).to(self.mask_token.dtype)
         x = torch.cat([x[:, :count].to(full.dtype), full], dim=1)
         mask = None
         if own.is_valid is not None:
@@ -159,4 +159,5 @@ class CrossDecoder(nn.Module):
 
     def _marks(self, tokens: dict[str, Tokens], name: str) -> Tensor:
         """Return (1 or B, N, d): where and of which modality each token of `name` is."""
-        return self.positions[name](tokens[name].positions) + self.modality_embeddings[name]
+        mark = self.modality_embeddings[name]
+        return self.positions[name](tokens[name].positions).to(mark.dtype) + mark

@@ -209,12 +209,20 @@ def masks(tokens: dict[str, Tokens], visible: float | Mapping[str, float | Tenso
     result = {}
     for name, part in tokens.items():
         value = wanted.get(name, 0)
+        if isinstance(value, bool) or (not isinstance(value, Tensor) and not 0 <= value <= _most(value)):
+            raise M3Error(
+                f"`visible` of `{name}` is {value}; give a share from 0.0 to 1.0 or a whole number of tokens."
+            )
         if isinstance(value, Tensor):
             result[name] = value.to(part.values.device)
         else:
             count = amount(value, part.count) if value else 0
             result[name] = _rank(draws.uniform(f"score/{name}", part.count), part.is_valid) < count
     return result
+
+
+def _most(value: float) -> float:
+    return math.inf if isinstance(value, int) else 1.0
 
 
 def explicit(tokens: dict[str, Tokens], is_visible: dict[str, Tensor]) -> MaskPlan:

@@ -6,7 +6,7 @@ Letters: B batch, N content tokens of a modality, V visible tokens, D width, P v
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 from m3 import masking
 from m3.backbone import Backbone, BackboneSpec
 from m3.config import M3Config
-from m3.errors import M3Error, explain, nearest
+from m3.errors import M3Error, explain, nearest, within
 from m3.plugins import Modality, Objective, Predictor, Tokenizer, View, build_spec
 from m3.positions import Rotary, build_positions
 from m3.random import Draws
@@ -61,6 +61,7 @@ class Reconstruction:
         output: target -> (B, N, output width) what the decoder itself predicted.
         values: target -> (B, N, P) the same as token values.
         tokens: modality -> the tokens of the batch.
+        modality_of: target -> modality.
         plan: what the encoder saw.
         is_visible: modality -> (B, N) bool per token, True where the encoder saw it.
     """
@@ -69,8 +70,16 @@ class Reconstruction:
     output: dict[str, Tensor]
     values: dict[str, Tensor]
     tokens: dict[str, Tokens]
+    modality_of: dict[str, str]
     plan: MaskPlan
     is_visible: dict[str, Tensor]
+
+
+def resolved(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings of a modality with the content of files in the place of their paths."""
+    own = {key: value for key, value in settings.items() if key not in ("tokenizer", "positions")}
+    part, _ = build_spec("modalities", own, where)
+    return {**settings, **part.resolve(own)}
 
 
 def build_modalities(settings: dict[str, Any]) -> dict[str, Modality]:
@@ -105,21 +114,27 @@ class M3Model(PreTrainedModel):
                 raise M3Error(f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`.")
             part, settings = build_spec("tokenizers", config.modalities[name]["tokenizer"], where)
             tokenizer = self.tokenizers[name] = part(settings, modality.signal, spec.width)
+            config.modalities[name]["tokenizer"] |= tokenizer.pinned
             tokenizer.positions = config.modalities[name].get("positions", tokenizer.positions)
-            self.positions[name] = build_positions(tokenizer, spec.width, spec.axis_order)
-        self.modality_embeddings = nn.ParameterDict()
-        if spec.modality_embedding:
-            for name in self.modalities:
-                self.modality_embeddings[name] = nn.Parameter(torch.empty(1, spec.width))
-        self.backbone = Backbone(spec)
-        self.objectives = nn.ModuleDict()
+        objectives = {}
         for name, entry in config.objectives.items():
             part, settings = build_spec("objectives", entry, f"objectives.{name}")
-            self.objectives[name] = part(settings, dict(self.tokenizers.items()), spec)
+            with within(f"objectives.{name}"):
+                objectives[name] = part(settings, dict(self.tokenizers.items()), spec)
         self.views: dict[View, Any] = {}
-        for objective in self._objectives().values():
+        for name, objective in objectives.items():
             for view in objective.views:
-                self.views[view] = masking.build(view)
+                with within(f"objectives.{name}"):
+                    self.views[view] = masking.build(view)
+        self.modality_embeddings = nn.ParameterDict()
+        self.backbone = None  # objectives without views bring their own network
+        if self.views:
+            for name in self.modalities:
+                self.positions[name] = build_positions(self._tokenizer(name), spec.width, spec.axis_order)
+                if spec.modality_embedding:
+                    self.modality_embeddings[name] = nn.Parameter(torch.empty(1, spec.width))
+            self.backbone = Backbone(spec)
+        self.objectives = nn.ModuleDict(objectives)
         self.post_init()
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
@@ -186,11 +201,19 @@ class M3Model(PreTrainedModel):
         loss = Loss(parts)
         return M3Output(loss=loss.total(), parts=loss)
 
+    def after_step(self) -> None:
+        """Move what learns without gradients, e.g. codebooks; the trainer calls it after each optimizer step."""
+        for objective in self._objectives().values():
+            objective.after_step()
+
     def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
         """Embed and encode the visible tokens of one view, and only those."""
+        if self.backbone is None:
+            raise M3Error("the model has no backbone, since none of its objectives has a view; use `M3Tokenizer`.")
         slots, angles = {}, {}
         for name, index in plan.visible.items():
-            x = self._tokenizer(name).embed(take(tokens[name].values, index))
+            values = take(tokens[name].values, index)
+            x = self._tokenizer(name).embed(values.to(self.dtype) if values.is_floating_point() else values)
             place = self.positions[name]
             if isinstance(place, Rotary):
                 table = place.angles(tokens[name].positions, self.backbone.head_width)
@@ -199,7 +222,7 @@ class M3Model(PreTrainedModel):
                 x = x + take(place(tokens[name].positions), index)
             if name in self.modality_embeddings:
                 x = x + self.modality_embeddings[name]
-            slots[name] = x
+            slots[name] = x.to(self.dtype)
         if not angles:
             return self.backbone(plan.pack(slots), plan, layers)
         still = {name: x.new_zeros(*x.shape[:2], self.backbone.head_width // 2) for name, x in slots.items()}
@@ -220,9 +243,13 @@ class M3Model(PreTrainedModel):
 
     @torch.no_grad()
     def reconstruct(
-        self, batch: Batch, visible: float | Mapping[str, float | Tensor] | None = None, seed: int = 0
+        self,
+        batch: Batch,
+        visible: float | Mapping[str, float | Tensor] | None = None,
+        seed: int = 0,
+        objective: str | None = None,
     ) -> Reconstruction:
-        """Show a part of the batch to the encoder and predict every target of the model from it.
+        """Show a part of the batch to the encoder and predict every target of one objective from it.
 
         Args:
             batch: raw signals. A modality that is not in it is predicted all the same, at its usual size.
@@ -230,29 +257,48 @@ class M3Model(PreTrainedModel):
                 each by name, or a mask (B, N) bool, True where visible; unnamed modalities are hidden. None:
                 the masking of the recipe.
             seed: of the masks.
+            objective: name of the objective that predicts; the first one that can if left out.
         """
         batch = batch.to(self.device)
         tokens = self.tokenise(batch)
-        objective = next((o for o in self.objectives.values() if isinstance(o, Predictor)), None)
-        if objective is None:
-            raise M3Error("the model has no objective that predicts signals; reconstruct needs `type: reconstruct`.")
+        predictor = self._predictor(objective)
         draws = Draws(batch.keys, seed)
-        seen = {name: tokens[name] for name in objective.view.modalities if name in tokens}
-        if visible is None:
-            plan = self.views[objective.view](seen, draws)
+        view = predictor.view
+        seen = {name: tokens[name] for name in view.modalities if name in tokens} if view else {}
+        if view is None:
+            encoded = Encoded(torch.empty(len(batch), 0, 0), 0, MaskPlan({}, {}))
+        elif visible is None:
+            encoded = self.encode_tokens(tokens, self.views[view](seen, draws))
         else:
-            plan = masking.explicit(seen, masking.masks(seen, visible, draws))
-        encoded = self.encode_tokens(tokens, plan)
+            encoded = self.encode_tokens(tokens, masking.explicit(seen, masking.masks(seen, visible, draws)))
+        plan = encoded.plan
         predicted, outputs, guesses = {}, {}, {}
-        for name, modality in objective.modality_of.items():
-            part = tokens[modality] if modality in tokens else self.blank_tokens(modality, len(batch))
+        for name, modality in predictor.modality_of.items():
+            part = self._askable(modality, tokens, batch)
             everything = torch.arange(part.count, device=self.device).expand(len(batch), -1)
-            output = outputs[name] = objective.predict(name, encoded, {**tokens, modality: part}, everything)
-            values = self._tokenizer(modality).decode(objective.restore(name, output, part))
+            output = outputs[name] = predictor.predict(name, encoded, {**tokens, modality: part}, everything)
+            values = self._tokenizer(modality).decode(predictor.restore(name, output, part))
             guesses[name] = values
             predicted[name] = self._tokenizer(modality).detokenize(values, part.positions, self._size(batch, modality))
         is_visible = {name: _seen_tokens(tokens[name], plan, name) for name in seen}
-        return Reconstruction(predicted, outputs, guesses, tokens, plan, is_visible)
+        return Reconstruction(predicted, outputs, guesses, tokens, predictor.modality_of, plan, is_visible)
+
+    def _predictor(self, name: str | None) -> Predictor:
+        found = {n: o for n, o in self.objectives.items() if isinstance(o, Predictor)}
+        if not found:
+            raise M3Error("the model has no objective that predicts signals; reconstruct needs `type: reconstruct`.")
+        if name is not None and name not in found:
+            raise M3Error(f"the model has no objective `{name}` that predicts signals.{nearest(name, found)}")
+        return found[name] if name is not None else next(iter(found.values()))
+
+    def _askable(self, name: str, tokens: dict[str, Tokens], batch: Batch) -> Tokens:
+        """Return the tokens of `name` with a place for everything that is to be predicted, also where it is absent."""
+        if name not in tokens:
+            return self.blank_tokens(name, len(batch))
+        part = tokens[name]
+        if name not in batch.is_present or part.is_valid is None:
+            return part
+        return replace(part, is_valid=part.is_valid | ~batch.is_present[name].unsqueeze(1))
 
     def spread(self, name: str, is_token: Tensor, tokens: Tokens, size: tuple[int, ...]) -> Tensor:
         """Return (B, *size) bool per position of the signal from (B, N) bool per token of modality `name`."""
@@ -280,11 +326,11 @@ class M3Model(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as MAE does: xavier-uniform matrices, zero biases, N(0, 0.02) tokens and embeddings."""
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear | nn.Conv2d):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):

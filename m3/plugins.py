@@ -33,6 +33,8 @@ HOMES = {
     "decoders": "m3.heads",
     "targets": "m3.targets",
     "positions": "m3.positions",
+    "quantisers": "m3.quantize",
+    "coders": "m3.coders",
 }
 
 
@@ -118,6 +120,9 @@ class Modality(ABC):
 
     higher_is_better: ClassVar[bool] = False
 
+    centre: ClassVar[Literal["mean", "median"]] = "mean"
+    """Which constant is best under the measure, for baselines: the median under absolute errors."""
+
     is_map: ClassVar[bool] = False
     """True where the last two axes of a raw sample are height and width, which the random crop is drawn for."""
 
@@ -127,8 +132,16 @@ class Modality(ABC):
     is_inline: ClassVar[bool] = False
     """True where a manifest may hold the sample itself (a sentence) instead of a path."""
 
+    reads: ClassVar[str] = ""
+    """Type of the signal that a source gives it, where that is not its own: features are made of images."""
+
     def __init__(self, spec: Any) -> None:
         self.spec = spec
+
+    @classmethod
+    def resolve(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Put the content of files in the place of their paths, so that a model's config needs no file."""
+        return settings
 
     @property
     @abstractmethod
@@ -151,12 +164,9 @@ class Modality(ABC):
         return []
 
     def cut(self, sample: Any, moment: float) -> Any:
-        """Take the part of a recording that the model reads.
+        """Take the part of a recording that the model reads: `moment` 0 is the first possible one, 1 the last.
 
-        Args:
-            sample: what `load` returned or a source made.
-            moment: 0 for the first possible part, 1 for the last; shared by all modalities of a sample, so
-                that sound stays with its video.
+        All modalities of a sample share the moment, so that sound stays with its video.
         """
         return sample
 
@@ -175,6 +185,10 @@ class Modality(ABC):
     @abstractmethod
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn a raw batch (B, ...) into what the tokenizer reads, on the tensor's own device."""
+
+    def statistics(self, raw: Tensor) -> Tensor | None:
+        """Return count, sum and sum of squares (3, C) of a raw batch in the unit of `mean` and `std`, if there are."""
+        return None
 
     @abstractmethod
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
@@ -220,6 +234,9 @@ class Tokenizer(nn.Module, ABC):
 
     is_lossless: ClassVar[bool] = True
     """True where `detokenize` gives back exactly what `tokenize` cut; False where tokens keep less (a codebook)."""
+
+    pinned: ClassVar[dict[str, Any]] = {}
+    """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
 
     def __init__(self, spec: Any, signal: Signal, width: int) -> None:
         super().__init__()
@@ -285,12 +302,15 @@ class Objective(nn.Module, ABC):
         The trainer adds them over all micro-batches and ranks before the first backward pass.
         """
 
+    def after_step(self) -> None:
+        """Move what learns without gradients; called by every process after each optimizer step."""
+
 
 class Predictor(Objective):
     """An objective that predicts signals, so that they can be drawn and measured."""
 
-    view: View
-    """What its encoder sees."""
+    view: View | None
+    """What its encoder sees; None: it reads the tokens itself, all of them."""
 
     modality_of: dict[str, str]
     """Target -> the modality it is a prediction of."""

@@ -43,6 +43,8 @@ class M3Processor(ProcessorMixin):
             if name not in self.parts:
                 raise M3Error(f"the model has no modality `{name}`.{nearest(name, self.parts)}")
             columns[name] = list(value) if isinstance(value, list | tuple) else [value]
+        if not any(sample is not None for column in columns.values() for sample in column):
+            raise M3Error("nothing was given to prepare; give at least one modality, e.g. processor(image=photo).")
         lengths = {name: len(column) for name, column in columns.items()}
         if len(set(lengths.values())) != 1:
             raise M3Error(f"every modality needs the same number of samples, at least one, got {lengths}.")
@@ -53,14 +55,9 @@ class M3Processor(ProcessorMixin):
             )
         return collate(samples, self.parts)
 
-    def show(self, result: Reconstruction, targets: dict[str, str] | None = None) -> dict[str, list[np.ndarray]]:
-        """Draw predictions: target -> one uint8 (H, W, 3) picture per sample.
-
-        Args:
-            result: what `M3Model.reconstruct` returned.
-            targets: target -> modality, for targets that are not named after theirs.
-        """
-        parts = {name: self.parts[(targets or {}).get(name, name)] for name in result.predicted}
+    def show(self, result: Reconstruction) -> dict[str, list[np.ndarray]]:
+        """Draw what `M3Model.reconstruct` predicted: target -> one uint8 (H, W, 3) picture per sample."""
+        parts = {name: self.parts[modality] for name, modality in result.modality_of.items()}
         return {name: [parts[name].show(x) for x in value] for name, value in result.predicted.items()}
 
     def _load(self, given: dict[str, Any], key: int, name: str) -> Loaded:

@@ -5,56 +5,91 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers.utils import logging
 
 from m3.errors import M3Error
 from m3.types import Batch
 
+HELD_OUT = "held_out/"
+"""What the names of measures on held-out samples begin with in `metrics.jsonl`."""
+
+
+class Skipped:
+    """The samples that could not be read, each counted once."""
+
+    def __init__(self, console: Console, what: str, samples: int, limit: float) -> None:
+        self.console, self.what, self.samples, self.limit = console, what, samples, limit
+        self.seen = 0
+        self.messages: dict[str, None] = {}
+
+    def count(self, batch: Batch) -> Batch:
+        """Count what this process could not read and return the batch; raise past the limit, naming the first."""
+        self.seen += len(batch)
+        for message in batch.skipped:
+            if message not in self.messages and len(self.messages) < 3:
+                self.console.print(f"[yellow]skipped[/] {message}", highlight=False, soft_wrap=True)
+            self.messages[message] = None
+        seen = min(self.seen, self.samples)
+        if len(self.messages) > 10 + self.limit * seen:
+            raise M3Error(
+                f"{len(self.messages)} of {seen} {self.what} can't be read, more than data.max_unreadable = "
+                f"{self.limit} allows; the first: {next(iter(self.messages))}. Repair the data or raise the limit."
+            )
+        return batch
+
+    def report(self) -> None:
+        """Say at the end of a run how many were skipped."""
+        if self.messages:
+            count, first = len(self.messages), next(iter(self.messages))
+            self.console.print(f"[yellow]{count} unreadable {self.what} were skipped[/]: {first}", highlight=False)
+
 
 class Clock:
-    """Counts samples, seconds and skipped files between two lines of metrics."""
+    """Measures speed and waiting between two lines of metrics."""
 
-    def __init__(self, console: Console, start: int, batch_size: int, samples: int) -> None:
-        self.console, self.batch_size, self.samples = console, batch_size, samples
-        self.step, self.since, self.waited = start, time.perf_counter(), 0.0
-        self.seen = 0
-        self.skipped: dict[str, None] = {}
+    def __init__(self, start: int, batch_size: int) -> None:
+        self.batch_size = batch_size
+        self.restart(start)
 
-    def count_skipped(self, batches: list[Batch], limit: float) -> None:
-        """Count the samples that this process could not read, each once; raise past the limit, naming the first."""
-        self.seen += sum(len(batch) for batch in batches)
-        for message in (message for batch in batches for message in batch.skipped):
-            if message not in self.skipped and len(self.skipped) < 3:
-                self.console.print(f"[yellow]skipped[/] {message}", highlight=False, soft_wrap=True)
-            self.skipped[message] = None
-        seen = min(self.seen, self.samples)
-        if len(self.skipped) > 10 + limit * seen:
-            raise M3Error(
-                f"{len(self.skipped)} of {seen} samples can't be read, more than data.max_unreadable = {limit} allows; "
-                f"the first: {next(iter(self.skipped))}. Repair the data or raise the limit."
-            )
+    def restart(self, step: int) -> None:
+        """Measure from here: called after the first step, which starts workers and compiles."""
+        self.step, self.since, self.waited = step, time.perf_counter(), 0.0
 
-    def line(self, step: int, values: dict[str, float], lr: float, norm: float) -> dict[str, Any]:
-        """Make one line of metrics for the steps since the last one.
-
-        Raises:
-            M3Error: the loss is not finite.
-        """
-        now = time.perf_counter()
-        seconds, steps = now - self.since, step - self.step
+    def line(self, step: int, values: dict[str, float], lr: float, norm: float, skipped: int) -> dict[str, Any]:
+        """Make one line of metrics for the steps since the last one; the first step of a run has no speed."""
+        seconds, steps = time.perf_counter() - self.since, step - self.step
         line = {"step": step, **values, "lr": lr, "gradient_norm": norm}
-        line |= {"samples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
-        line["skipped"] = len(self.skipped)
-        self.step, self.since, self.waited = step, now, 0.0
-        if not all(map(math.isfinite, values.values())):
-            raise M3Error(
-                f"step {step}: the loss is not finite ({values}); lower train.lr, set train.clip, or resume from the "
-                f"last checkpoint with --resume."
-            )
+        if steps:
+            line |= {"samples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        line["skipped"] = skipped
+        self.restart(step)
         return line
+
+
+def are_finite(values: dict[str, float]) -> bool:
+    """Return True when no value is infinite or NaN."""
+    return all(map(math.isfinite, values.values()))
+
+
+def not_finite(step: int, what: str, newest: Path | None) -> M3Error:
+    """Make the error of a run that has become infinite or NaN.
+
+    Args:
+        step: where it was found.
+        what: that is not finite.
+        newest: last checkpoint, which is from before.
+    """
+    remedy = f"go on from the last good checkpoint, {newest}, with --resume" if newest else "start again"
+    return M3Error(
+        f"step {step}: {what} are not finite, so nothing more is saved; lower train.lr or set train.clip (e.g. 1.0), "
+        f"then {remedy}. With the same settings it will happen again."
+    )
 
 
 def append(run: Path, line: dict[str, Any]) -> None:
@@ -63,9 +98,33 @@ def append(run: Path, line: dict[str, Any]) -> None:
         file.write(json.dumps(line) + "\n")
 
 
-def cut(run: Path, start: int) -> None:
-    """Drop the lines of metrics after the step that a run starts from."""
+def cut(run: Path, start: int, is_finished: bool) -> None:
+    """Drop the lines of metrics that a run will write again.
+
+    Args:
+        run: run folder.
+        start: step that the run continues at.
+        is_finished: no step is left, only the final measuring, whose line is then written again.
+    """
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= start] if start else []
+    kept = [line for line in lines if _is_kept(json.loads(line), start, is_finished)] if start else []
     metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def _is_kept(line: dict[str, Any], start: int, is_finished: bool) -> bool:
+    is_measured = any(key.startswith(HELD_OUT) for key in line)
+    return line["step"] < start or (line["step"] == start and not (is_finished and is_measured))
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars for files that are written or read in a moment."""
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()

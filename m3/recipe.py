@@ -17,26 +17,31 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, explain, nearest
+from m3.masking import Amount
 from m3.plugins import Strict
 
 PACKAGED = Path(__file__).parent / "recipes"
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class DataSpec(Strict):
     """The `data` section.
 
     Attributes:
-        source: where samples come from: `world` (embedded scenes), `folder`, or a plugin.
-        root: folder of the data, for `folder`.
-        options: settings of a plugin source.
+        source: where samples come from: `world` (embedded scenes), `folder`, `shards`, `hub`, `mixture`, or a plugin.
+        root: folder or manifest of the data, for `folder`; folder or address (s3://...) of the tars, for `shards`.
+        options: settings of the source, for `hub`, `mixture` and plugins.
+        missing: `error`: every sample has every modality; `allow`: a sample may lack some.
         samples: at most this many training samples; the world makes this many scenes.
         held_out: samples kept for evaluation, never trained on.
         crop: smallest and largest share of the area of a random crop; null: no random crop.
@@ -50,14 +55,29 @@ class DataSpec(Strict):
     source: str = "world"
     root: str | None = None
     options: dict[str, Any] = Field(default={})
+    missing: Literal["error", "allow"] = "error"
     samples: PositiveInt | None = None
     held_out: NonNegativeInt = 256
-    crop: tuple[PositiveFloat, PositiveFloat] | None = None
+    crop: tuple[PositiveShare, PositiveShare] | None = None
     flip: float = Field(default=0.0, ge=0, le=1)
     repeats: PositiveInt = 1
     drop: Share | dict[str, Share] = 0.0
     workers: NonNegativeInt = 2
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
+
+    @field_validator("root")
+    @classmethod
+    def _absolute(cls, root: str | None) -> str | None:
+        """A saved recipe must find its data from every folder; an address is already complete."""
+        return root if root is None or "://" in root else str(Path(root).expanduser().resolve())
+
+    @model_validator(mode="after")
+    def _no_contradiction(self) -> DataSpec:
+        if self.crop and self.crop[0] > self.crop[1]:
+            raise ValueError(f"`crop` is smallest, then largest: write [{self.crop[1]}, {self.crop[0]}]")
+        if self.source == "world" and self.root is not None:
+            raise ValueError("source `world` makes its own scenes and reads no `root`; add data.source=folder")
+        return self
 
 
 class TrainSpec(Strict):
@@ -97,7 +117,7 @@ class TrainSpec(Strict):
     warmup: NonNegativeFloat = 0.0
     weight_decay: NonNegativeFloat = 0.05
     decay: Literal["matrices", "all"] = "matrices"
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
@@ -129,7 +149,7 @@ class TaskSpec(Strict):
     """
 
     target: str
-    visible: dict[str, float] | None = None
+    visible: dict[str, Amount] | None = None
     baseline: Literal["neighbours", "constant", "average_map", "patch_mean"] = "constant"
 
 
@@ -198,13 +218,9 @@ def recipe_from(settings: dict[str, Any], where: str, default_name: str = "run")
     """Check settings that were read elsewhere; `where` names their origin in error messages."""
     settings = {"name": default_name, **settings}
     try:
-        recipe = Recipe(**settings)
+        return Recipe(**settings)
     except ValidationError as error:
         raise M3Error(f"{where}: {explain(error, Recipe, '')}") from error
-    if recipe.data.root is None:
-        return recipe
-    root = str(Path(recipe.data.root).expanduser().resolve())
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": root})})
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -9,6 +9,7 @@ from rich.console import Console
 from m3.errors import M3Error
 from m3.model import M3Model
 from m3.processor import M3Processor
+from m3.progress import no_progress_bars
 from m3.show import preview
 
 
@@ -16,15 +17,25 @@ def reconstruct_files(model_path: str, inputs: list[str], out: Path, visible: fl
     """Draw seen, predicted and true signals of files, one row per sample.
 
     Args:
-        model_path: folder or Hub id.
+        model_path: folder of a model or of the run that made it, or Hub id.
         inputs: files, or `modality=file`; several files of one modality are several samples.
         out: PNG file to write.
         visible: share of visible tokens of what is given; None: the recipe's masking for a model of one
             modality, everything that is given for a model of several.
         seed: of the masks.
+
+    Raises:
+        M3Error: no model there, files that can't be read, or an `out` that is no .png.
     """
+    if out.suffix.lower() != ".png":
+        raise M3Error(f"--out writes a PNG file, got {out}; end its name in .png.")
+    if visible is not None and not 0 < visible <= 1:
+        raise M3Error(f"--visible must be a share in (0, 1], got {visible}.")
+    if not (Path(model_path) / "config.json").is_file() and (Path(model_path) / "model" / "config.json").is_file():
+        model_path = str(Path(model_path) / "model")  # the folder of a run
     try:
-        model = M3Model.from_pretrained(model_path).eval()
+        with no_progress_bars():
+            model = M3Model.from_pretrained(model_path).eval()
     except OSError as error:
         raise M3Error(
             f"there is no model in `{model_path}`: neither a folder that `m3 train` wrote (runs/NAME/model) nor a Hub "
@@ -40,8 +51,6 @@ def reconstruct_files(model_path: str, inputs: list[str], out: Path, visible: fl
     batch = processor(seed=seed, **columns)
     shown = None
     if visible is not None:
-        if not 0 < visible <= 1:
-            raise M3Error(f"--visible must be a share in (0, 1], got {visible}.")
         shown = dict.fromkeys(columns, visible)
     elif len(model.modalities) > 1:
         shown = dict.fromkeys(columns, 1.0)

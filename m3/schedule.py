@@ -43,9 +43,8 @@ def plan_run(spec: TrainSpec, samples: int, world: int) -> Plan:
     Raises:
         M3Error: the batch can't be cut evenly.
     """
-    per_epoch = max(1, samples // spec.batch_size)
-    unit = 1 if spec.steps is not None else per_epoch
-    steps = spec.steps if spec.steps is not None else max(1, round((spec.epochs or 0) * per_epoch))
+    unit = 1 if spec.steps is not None else samples / spec.batch_size
+    steps = spec.steps if spec.steps is not None else max(1, round((spec.epochs or 0) * unit))
     micro = spec.micro_batch or spec.batch_size // world
     if micro == 0 or spec.batch_size % (micro * world):
         raise M3Error(

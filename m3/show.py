@@ -12,6 +12,7 @@ from torch import Tensor
 
 from m3.evaluate.reconstruction import Row, predictors, targets_of
 from m3.model import M3Model, Reconstruction
+from m3.plugins import Predictor
 from m3.types import Batch
 
 BASELINES = {
@@ -19,6 +20,7 @@ BASELINES = {
     "constant": "constant: the training mean, or the most frequent class",
     "average_map": "average map: the training mean or most frequent class of each position",
     "patch_mean": "patch mean: the hidden patch's own mean",
+    "one_code": "one code: a collapsed codebook that says the same of everything",
 }
 
 
@@ -32,11 +34,15 @@ def preview(model: M3Model, batch: Batch, views: dict[str, dict[str, float] | No
         path: PNG file.
         seed: of the masks.
     """
-    results = {label: model.reconstruct(batch, visible, seed) for label, visible in views.items()}
+    able = [name for name, objective in model.objectives.items() if isinstance(objective, Predictor)]
+    labels = {(label if len(able) == 1 else f"{label}, {name}"): (label, name) for name in able for label in views}
+    results = {
+        title: model.reconstruct(batch, views[label], seed, objective) for title, (label, objective) in labels.items()
+    }
     rows = []
     for sample in range(len(batch)):
-        label = list(views)[sample % len(views)]
-        rows.append((label, _pictures(model, batch, results[label], sample)))
+        title = list(labels)[sample % len(labels)]
+        rows.append((title, _pictures(model, batch, results[title], sample)))
     draw(rows, path)
 
 
@@ -44,12 +50,13 @@ def draw(rows: list[tuple[str, dict[str, np.ndarray]]], path: Path) -> None:
     """Write labelled rows of pictures (column title -> uint8 (H, W, 3)) as one PNG."""
     from matplotlib.figure import Figure
 
-    titles = list(rows[0][1])
+    titles = list(dict.fromkeys(title for _, pictures in rows for title in pictures))
     figure = Figure(figsize=(1.45 * len(titles) + 0.4, 1.45 * len(rows) + 0.5), layout="constrained", dpi=110)
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for line, (label, pictures) in zip(axes, rows, strict=True):
         for axis, title in zip(line, titles, strict=True):
-            axis.imshow(pictures[title], interpolation="nearest")
+            if title in pictures:
+                axis.imshow(pictures[title], interpolation="nearest")
             axis.set_xticks([])
             axis.set_yticks([])
             for side in axis.spines.values():
@@ -87,7 +94,8 @@ def _pictures(model: M3Model, batch: Batch, result: Reconstruction, sample: int)
         if tokens is not None:
             if is_seen is None:
                 is_seen = torch.zeros(tokens.values.shape[:2], dtype=torch.bool, device=tokens.values.device)
-            pictures[f"{name}: seen"] = draw_values(tokens.values, is_seen)
+            if result.plan.visible:
+                pictures[f"{name}: seen"] = draw_values(tokens.values, is_seen)
         for target in (t for t, m in modality_of.items() if m == name and t in result.predicted):
             note = " (true contrast)" if relative.get(target) else ""
             values = result.values[target]

@@ -11,14 +11,14 @@ import torch
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3.model import M3Model
 from m3.recipe import Recipe, dump_recipe
 from m3.show import count_parameters
 from m3.train import model_config
-from m3.types import Batch
+from m3.types import Batch, MaskPlan
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _parameter_table(model: M3Model) -> Table:
     for column in ("part", "parameters", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
     parts = {f"tokenizer {name}": part for name, part in model.tokenizers.items()}
-    parts |= {"modality embeddings": model.modality_embeddings, "backbone": model.backbone}
+    parts |= {"modality embeddings": model.modality_embeddings, "backbone": model.backbone or nn.Identity()}
     parts |= {f"objective {name}": part for name, part in model.objectives.items()}
     total = count_parameters(model)
     rows = {name: count_parameters(part) for name, part in parts.items()}
@@ -120,14 +120,15 @@ def _token_table(model: M3Model) -> Table:
     for column in ("modality", "raw", "tokens", "visible at most", "predicted at most"):
         table.add_column(column, justify="left" if column in ("modality", "raw") else "right")
     prepared = model.prepare(meta_batch(model, 1))
-    plan = next(iter(prepared.plans.values()))
+    plan = next(iter(prepared.plans.values()), MaskPlan({}, {}))
     for name, tokens in prepared.tokens.items():
         signal = model.modalities[name].signal
         size = " x ".join(map(str, (signal.channels, *signal.size)))
         visible = plan.visible[name].shape[1] if name in plan.visible else 0
         target = plan.target[name].shape[1] if name in plan.target else tokens.count
         table.add_row(name, size, str(tokens.count), str(visible), str(target))
-    table.add_row("[bold]encoder", "", "", f"[bold]{plan.packed_index().shape[1]}", "")
+    if plan.visible:
+        table.add_row("[bold]encoder", "", "", f"[bold]{plan.packed_index().shape[1]}", "")
     return table
 
 

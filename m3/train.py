@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, set_seed
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,24 +25,21 @@ from tqdm import tqdm
 
 from m3 import checkpoint
 from m3.config import M3Config
-from m3.data.loader import Order, Samples, first_batches, train_loader
+from m3.data.loader import Order, Samples, train_loader
 from m3.data.source import Source, Split
+from m3.data.source import open_source as open_data
 from m3.ema import Average
-from m3.errors import M3Error
-from m3.evaluate.reconstruction import Row, fit_averages, measure
+from m3.errors import M3Error, nearest
+from m3.evaluate.reconstruction import Row, check_tasks
+from m3.held_out import HeldOut
 from m3.memory import compiled, keep_freed_memory
-from m3.model import M3Model, Prepared
-from m3.plugins import find
+from m3.model import M3Model, Prepared, resolved
 from m3.processor import M3Processor
-from m3.progress import Clock, append, cut
+from m3.progress import Clock, Skipped, append, are_finite, cut, no_progress_bars, not_finite
 from m3.recipe import Recipe, dump_recipe
 from m3.schedule import Plan, learning_rate, make_optimizer, plan_run
-from m3.show import count_parameters, metrics_table, preview
+from m3.show import count_parameters, metrics_table
 from m3.types import Loss
-
-EVALUATION_BATCH = 32
-AVERAGED_SAMPLES = 512
-"""Training samples that the constant baselines are fitted on."""
 
 
 def build_model(recipe: Recipe) -> M3Model:
@@ -53,7 +51,7 @@ def build_model(recipe: Recipe) -> M3Model:
 def model_config(recipe: Recipe) -> M3Config:
     """Return the part of a recipe that describes the model."""
     return M3Config(
-        modalities=recipe.modalities,
+        modalities={name: resolved(entry, f"modalities.{name}") for name, entry in recipe.modalities.items()},
         backbone=recipe.backbone.model_dump(),
         objectives=recipe.objectives,
         seed=recipe.seed,
@@ -62,32 +60,36 @@ def model_config(recipe: Recipe) -> M3Config:
 
 def open_source(recipe: Recipe, model: M3Model, split: Split) -> Source:
     """Open the recipe's source."""
-    return find("sources", recipe.data.source)(recipe.data, model.modalities, recipe.seed, split)
+    return open_data(recipe.data, model.modalities, recipe.seed, split)
 
 
-def train(recipe: Recipe, resume: bool = False) -> list[Row]:
+def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[Row]:
     """Run a recipe to its end and return the final table of metrics.
 
     Args:
         recipe: what to do.
         resume: continue from the newest checkpoint of the run folder, if there is one.
+        is_shown: print what is done and what came out.
     """
     # ---------------------------------------------------------------------------------------- processes
     spec, run = recipe.train, recipe.folder
+    check_trackers(spec.trackers)
     AcceleratorState._reset_state()  # a second run in one Python process may want another precision
     accelerator = Accelerator(
         mixed_precision="bf16" if use_bf16(spec.precision) else "no",
         log_with=list(spec.trackers) or None,
         project_dir=str(run),
     )
-    console = Console(quiet=not accelerator.is_main_process)
+    is_shown = is_shown and accelerator.is_main_process
+    console = Console(quiet=not is_shown)
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     if device.type == "cpu":  # `accelerate launch` leaves one thread to each process
         keep_freed_memory()
-        torch.set_num_threads(spec.threads or max(1, len(os.sched_getaffinity(0)) // world))
+        torch.set_num_threads(spec.threads or max(1, cores() // world))
 
     # ----------------------------------------------------------------------------------- model and data
     raw_model = build_model(recipe)
+    check_tasks(raw_model, recipe.evaluate.tasks)
     source = open_source(recipe, raw_model, "train")
     samples = Samples(source, raw_model.modalities, recipe.data, recipe.seed)
     plan = plan_run(spec, len(source), world)
@@ -96,76 +98,71 @@ def train(recipe: Recipe, resume: bool = False) -> list[Row]:
     average = Average(raw_model, spec.ema) if spec.ema else None
     network: Any = compiled(model) if spec.compile else model
     describe(console, recipe, raw_model, plan, accelerator)
+    skipped = Skipped(console, "samples", len(source), recipe.data.max_unreadable)
+    held_out = HeldOut(recipe, raw_model, samples, open_source(recipe, raw_model, "held_out"), skipped, console)
 
     # ------------------------------------------------------------------------------------ where to start
-    start = restore(accelerator, run, raw_model, average) if resume else 0
+    facts = facts_of(recipe, raw_model, plan, len(source))
+    start = restore(accelerator, run, raw_model, average, facts, console) if resume else 0
     if accelerator.is_main_process:
-        open_run(run, recipe, start)
+        open_run(recipe, start, plan.steps, console)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
-    order = Order(
-        len(source),
-        recipe.seed,
-        plan.micro_batch,
-        plan.accumulation,
-        rank,
-        world,
-        start,
-        plan.steps,
-        recipe.data.repeats,
-    )
+    shares = (plan.micro_batch, plan.accumulation, rank, world)
+    order = Order(len(source), recipe.seed, *shares, start, plan.steps, recipe.data.repeats)
     batches = iter(train_loader(samples, order, recipe.data.workers))
-    clock = Clock(console, start, spec.batch_size, len(source))
-    bar = tqdm(
-        total=plan.steps,
-        initial=start,
-        desc=recipe.name,
-        unit="step",
-        disable=not accelerator.is_main_process,
-    )
+    clock = Clock(start, spec.batch_size)
 
     # ---------------------------------------------------------------------------------------- train loop
     network.train()
-    for step in range(start, plan.steps):
-        # The batches of the step first: the loss is divided by the counts of all of them, on all ranks.
-        waited = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(plan.accumulation)]
-        clock.waited += time.perf_counter() - waited
-        clock.count_skipped(micro_batches, recipe.data.max_unreadable)
-        prepared = [raw_model.prepare(batch.to(device)) for batch in micro_batches]
+    with tqdm(total=plan.steps, initial=start, desc=recipe.name, unit="step", disable=not is_shown) as bar:
+        for step in range(start, plan.steps):
+            # The batches of the step first: the loss is divided by the counts of all of them, on all ranks.
+            waited = time.perf_counter()
+            micro_batches = [skipped.count(next(batches)) for _ in range(plan.accumulation)]
+            clock.waited += time.perf_counter() - waited
+            prepared = [raw_model.prepare(batch.to(device)) for batch in micro_batches]
 
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, plan)
-        sums, counts = gradients(accelerator, raw_model, network, prepared)
-        norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
-        optimizer.step()
-        optimizer.zero_grad()
-        if average:
-            average.update(raw_model)
-        bar.update()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, plan)
+            sums, counts = gradients(accelerator, raw_model, network, prepared)
+            norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
+            optimizer.step()
+            optimizer.zero_grad()
+            raw_model.after_step()
+            if average:
+                average.update(raw_model)
+            bar.update()
 
-        # ------------------------------------------------------------------------ report, save, evaluate
-        done = step + 1
-        if done % spec.log_every == 0 or done == plan.steps:
-            values = (add_over_processes(accelerator, sums) / counts.clamp(min=1)).tolist()
-            values = dict(zip(raw_model.part_names, values, strict=True))
-            line = clock.line(done, values, learning_rate(step, plan), float(norm))
-            accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
-            bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
-            if accelerator.is_main_process:
-                append(run, line)
-        if done % (spec.save_every or max(1, plan.steps // 10)) == 0 or done == plan.steps:
-            save(accelerator, run, done, raw_model, average, spec.keep)
-        if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
-            if accelerator.is_main_process:
-                evaluate(recipe, raw_model, samples, run, done)
-            accelerator.wait_for_everyone()
-    bar.close()
+            # -------------------------------------------------------------------- report, save, evaluate
+            done = step + 1
+            if step == start:
+                clock.restart(done)
+            if done % spec.log_every == 0 or done == plan.steps:
+                values = (add_over_processes(accelerator, sums) / counts.clamp(min=1)).tolist()
+                values = dict(zip(raw_model.part_names, values, strict=True))
+                if not are_finite(values):
+                    raise not_finite(done, f"the losses {values}", checkpoint.newest(run))
+                line = clock.line(done, values, learning_rate(step, plan), float(norm), len(skipped.messages))
+                accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
+                bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
+                if accelerator.is_main_process:
+                    append(run, line)
+            if done % (spec.save_every or max(1, plan.steps // 10)) == 0 or done == plan.steps:
+                if not all(bool(p.isfinite().all()) for p in raw_model.parameters()):  # never over good ones
+                    raise not_finite(done, "the weights", checkpoint.newest(run))
+                save(accelerator, run, {"step": done, **facts}, average, spec.keep)
+            if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
+                if accelerator.is_main_process:
+                    held_out.evaluate(done, run / "previews" / f"step-{done:08d}.png")
+                accelerator.wait_for_everyone()
 
     # --------------------------------------------------------------------------------------------- finish
     rows: list[Row] = []
     if accelerator.is_main_process:
-        rows = finish(recipe, raw_model, average, samples, console, clock)
+        save_model(recipe, raw_model, average)
+        rows = held_out.evaluate(plan.steps, run / "preview.png")
+        conclude(run, rows, held_out, console)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return rows
@@ -178,6 +175,27 @@ def use_bf16(precision: str) -> bool:
             return torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return precision == "bf16"
+
+
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # Linux; elsewhere a process may use them all
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_trackers(names: tuple[str, ...]) -> None:
+    """Raise for a tracker that Accelerate does not know or that is not installed; it would only warn."""
+    known = [str(kind) for kind in LoggerType]
+    installed = ["all", *map(str, get_available_trackers())]
+    for name in names:
+        if name not in known:
+            raise M3Error(f"train.trackers: `{name}` is no tracker.{nearest(name, known)}")
+        if name not in installed:
+            raise M3Error(
+                f"train.trackers: `{name}` is not installed; install it (pip install {name}) or choose "
+                f"another (train.trackers=[] for none)."
+            )
 
 
 def gradients(
@@ -228,106 +246,126 @@ def describe(console: Console, recipe: Recipe, model: M3Model, plan: Plan, accel
         f"{plan.micro_batch}), learning rate {plan.lr:g} ({rule}), {accelerator.device.type} in "
         f"{'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}, {torch.get_num_threads()} threads"
     )
+    if plan.warmup >= plan.steps > 1:
+        console.print(
+            f"[yellow]train.warmup covers the whole run[/] ({plan.warmup} of {plan.steps} steps): the learning rate "
+            f"only reaches {learning_rate(plan.steps - 1, plan):.3g}; lower train.warmup",
+            soft_wrap=True,
+        )
 
 
-def open_run(run: Path, recipe: Recipe, start: int) -> None:
-    """Make the run folder, save the resolved recipe, and cut the metrics back to the step we start from."""
+def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[str, Any]:
+    """Return what a checkpoint says of its run: the model, what decides the order of the data, and the plan."""
+    config = model.config
+    order = {
+        "seed": recipe.seed,
+        "data": recipe.data.model_dump(mode="json", exclude={"workers", "max_unreadable"}),
+        "train.batch_size": recipe.train.batch_size,
+        "number of training samples": samples,
+    }
+    described = {"modalities": config.modalities, "backbone": config.backbone, "objectives": config.objectives}
+    return json.loads(json.dumps({"model": described, "order": order, "plan": plan._asdict()}))
+
+
+def open_run(recipe: Recipe, start: int, steps: int, console: Console) -> None:
+    """Make the run folder, save the resolved recipe, and cut the metrics back to the step we start from.
+
+    A new run moves an earlier one of the same name out of its way.
+    """
+    run = recipe.folder
+    aside = None if start else checkpoint.set_aside(run)
+    if aside:
+        console.print(
+            f"{run} held an earlier run, which now lies in {aside} (--resume would have continued it)", soft_wrap=True
+        )
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-    cut(run, start)
+    cut(run, start, start == steps)
 
 
-def save(accelerator: Accelerator, run: Path, step: int, model: M3Model, average: Average | None, keep: int) -> None:
-    """Write a checkpoint of this step; every process takes part."""
+def save(accelerator: Accelerator, run: Path, state: dict[str, Any], average: Average | None, keep: int) -> None:
+    """Write a checkpoint of the step that `state` names; every process takes part."""
 
     def fill(folder: Path) -> None:
         accelerator.save_state(str(folder))
         if average and accelerator.is_main_process:
             save_file(average.state_dict(), folder / "ema.safetensors")
 
-    target = checkpoint.folder_of(run, step)
-    state = {"step": step, "model": _description(model)}
+    target = checkpoint.folder_of(run, state["step"])
     checkpoint.write(target, fill, state, accelerator.is_main_process, accelerator.wait_for_everyone)
     if accelerator.is_main_process:
         checkpoint.prune(run, keep)
 
 
-def restore(accelerator: Accelerator, run: Path, model: M3Model, average: Average | None) -> int:
+def restore(
+    accelerator: Accelerator,
+    run: Path,
+    model: M3Model,
+    average: Average | None,
+    facts: dict[str, Any],
+    console: Console,
+) -> int:
     """Load the newest checkpoint of a run and return the step to continue with; 0 when there is none."""
     found = checkpoint.newest(run)
     if found is None:
+        console.print(f"--resume: {run} holds no checkpoint yet, so the run starts at step 0", soft_wrap=True)
         return 0
     state = checkpoint.read_state(found)
-    checkpoint.check_same_model(state["model"], _description(model), found)
+    checkpoint.check_same_model(state["model"], facts["model"], found)
+    checkpoint.check_same_order(state.get("order", {}), facts["order"], found)
+    step, before, now = int(state["step"]), Plan(**state["plan"]), Plan(**facts["plan"])
+    if step > now.steps:
+        raise M3Error(
+            f"{found} is past the {now.steps} steps of this run; raise train.steps or start without --resume."
+        )
     accelerator.load_state(str(found))
     if average:
         path = found / "ema.safetensors"
         if not path.is_file():
             raise M3Error(f"{found} holds no averaged weights, but train.ema is set; remove train.ema or start anew.")
         average.load_state_dict(load_file(path, device=str(model.device)))
-    return int(state["step"])
+    console.print(
+        f"resuming at step {step} of {now.steps}" if step < now.steps else f"all {step} steps are done already"
+    )
+    if learning_rate(step, before) != learning_rate(step, now):
+        console.print(
+            f"[yellow]the learning rate follows another curve[/] than in the first {step} steps (planned for "
+            f"{before.steps}): it jumps from {learning_rate(step, before):.3g} to {learning_rate(step, now):.3g}",
+            soft_wrap=True,
+        )
+    return step
 
 
-def _description(model: M3Model) -> dict[str, Any]:
-    config = model.config
-    plain = {"modalities": config.modalities, "backbone": config.backbone, "objectives": config.objectives}
-    return json.loads(json.dumps(plain))
-
-
-def evaluate(recipe: Recipe, model: M3Model, samples: Samples, run: Path, step: int | None) -> list[Row]:
-    """Measure the recipe's tasks on held-out samples and draw the preview; runs in one process."""
-    spec = recipe.evaluate
-    source = open_source(recipe, model, "held_out")
-    if not len(source):
-        return []
-    model.eval()
-    held_out = Samples(source, model.modalities, recipe.data, recipe.seed)
-    averages = fit_averages(model, first_batches(samples, AVERAGED_SAMPLES, EVALUATION_BATCH))
-    batches = first_batches(held_out, spec.samples, EVALUATION_BATCH)
-    rows = measure(model, batches, spec.tasks, averages, recipe.seed) if spec.tasks else []
-    views = {"masked": None} | {
-        f"from {', '.join(task.visible)}": task.visible for task in spec.tasks.values() if task.visible
-    }
-    batch = next(first_batches(held_out, spec.preview_rows, spec.preview_rows)).to(model.device)
-    name = "preview.png" if step is None else f"previews/step-{step:08d}.png"
-    preview(model, batch, views, run / name, recipe.seed)
-    if rows:
-        line = {
-            "step": step or recipe.train.steps or 0,
-            **{f"held_out/{row.task}": row.model for row in rows},
-        }
-        append(run, line)
-    model.train()
-    return rows
-
-
-def finish(
-    recipe: Recipe, model: M3Model, average: Average | None, samples: Samples, console: Console, clock: Clock
-) -> list[Row]:
-    """Save the model, measure it, and print what there is to see."""
-    run = recipe.folder
+def save_model(recipe: Recipe, model: M3Model, average: Average | None) -> None:
+    """Write the model, and the one of averaged weights, as `from_pretrained` reads them."""
     processor = M3Processor(model.config.modalities)
     copies = {"model": None} if average is None else {"model": None, "model_ema": average}
     for name, weights in copies.items():
+        folder = recipe.folder / name
         if weights:
             weights.swap(model)
-        model.save_pretrained(run / name)
-        processor.save_pretrained(run / name)
-        (run / name / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        with no_progress_bars():
+            model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         if weights:
             weights.swap(model)
-    rows = evaluate(recipe, model, samples, run, None)
+
+
+def conclude(run: Path, rows: list[Row], held_out: HeldOut, console: Console) -> None:
+    """Print what there is to see."""
     if rows:
         console.print(metrics_table(rows))
-    if clock.skipped:
-        console.print(f"[yellow]{len(clock.skipped)} unreadable samples were skipped[/]: {next(iter(clock.skipped))}")
-    console.print(f"Picture: {run / 'preview.png'}    metrics: {run / 'metrics.jsonl'}\nLoad it:")
+    for skipped in {id(s): s for s in (held_out.train_skipped, held_out.skipped)}.values():
+        skipped.report()
+    note = "" if held_out.is_there else " (of training samples)"
     console.print(
+        f"Picture{note}: {run / 'preview.png'}    metrics: {run / 'metrics.jsonl'}\nLoad it:\n"
         f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{run / "model"}")\n'
         f'  processor = M3Processor.from_pretrained("{run / "model"}")',
         highlight=False,
+        soft_wrap=True,
     )
-    return rows
 
 
 if __name__ == "__main__":

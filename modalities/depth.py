@@ -45,6 +45,7 @@ class Depth(Modality):
 
     extensions = (".png", ".tif", ".tiff", ".npy")
     is_map = True
+    centre = "median"
     measure = "L1 error"
 
     def __init__(self, spec: Spec) -> None:
@@ -60,29 +61,31 @@ class Depth(Modality):
         """Return maps of 0 metres, float32 (B, H, W)."""
         return torch.zeros(count, *self.size)
 
-    def load(self, file: File) -> np.ndarray:
-        """Read an integer or float image, or a .npy array in metres -> float32 (H, W) metres."""
+    def load(self, file: File) -> Any:
+        """Read an integer or float image, or a .npy array."""
         if ending(file) == ".npy":
-            stored = np.load(file, allow_pickle=False)
-            unit = 1.0
-        else:
-            with PILImage.open(file) as image:
-                stored = np.array(image)
-            unit = self.spec.unit if np.issubdtype(stored.dtype, np.integer) else 1.0
-        metres = stored.astype(np.float32) * np.float32(unit)
-        if self.spec.missing is not None:
-            metres[stored == self.spec.missing] = np.nan
-        return metres
+            return np.load(file, allow_pickle=False)
+        with PILImage.open(file) as image:
+            return np.array(image)
 
     def to_raw(self, sample: Any) -> Tensor:
-        """Read float (H, W) metres; unknown positions are NaN or infinite, allowed only with `missing` set."""
-        x = torch.tensor(numbers(sample, "a depth map"), dtype=torch.float32).squeeze()
-        if x.ndim != 2:
-            raise M3Error(f"a depth map must have shape (height, width), got {tuple(x.shape)}.")
-        if self.spec.missing is None and not torch.isfinite(x).all():
+        """Read (H, W) stored numbers: floats are metres, integers are in `unit`; unknown ones become NaN.
+
+        Numbers that are unknown are NaN, infinite or `missing`, and allowed only with `missing` set.
+        """
+        stored = numbers(sample, "a depth map")
+        if stored.squeeze().ndim != 2:
+            raise M3Error(f"a depth map must have shape (height, width), got {stored.dtype} of shape {stored.shape}.")
+        metres = stored.astype(np.float32)
+        if stored.dtype.kind in "iu":
+            metres *= np.float32(self.spec.unit)
+        if self.spec.missing is not None:
+            metres[stored == self.spec.missing] = np.nan
+        elif not np.isfinite(metres).all():
             raise M3Error(
                 "a depth map has NaN or infinite values; set `missing` in the recipe so that holes are known."
             )
+        x = torch.from_numpy(metres).squeeze()
         return x.masked_fill(x.isinf(), torch.nan).contiguous()
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image as PILImage
 from PIL import ImageOps
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 
 from m3.data.geometry import fit_map
@@ -40,7 +40,7 @@ class Image(Modality):
         size: PositiveInt | tuple[PositiveInt, PositiveInt] = 224
         channels: PositiveInt = 3
         mean: tuple[float, ...] | None = None
-        std: tuple[float, ...] | None = None
+        std: tuple[PositiveFloat, ...] | None = None
 
     extensions = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
     is_map = True
@@ -68,7 +68,7 @@ class Image(Modality):
         """Return black images, uint8 (B, C, H, W)."""
         return torch.zeros(count, self.spec.channels, *self.size, dtype=torch.uint8)
 
-    def load(self, file: File) -> PILImage.Image:
+    def load(self, file: File) -> Any:
         """Decode an image file, turned upright as its EXIF data say."""
         with PILImage.open(file) as image:
             image.load()
@@ -76,6 +76,9 @@ class Image(Modality):
 
     def to_raw(self, sample: Any) -> Tensor:
         """Read a PIL image or an array/tensor, uint8 (H, W), (H, W, C) or (C, H, W) -> uint8 (C, H, W)."""
+        is_rgb = isinstance(sample, np.ndarray) and sample.dtype == np.uint8 and sample.shape[2:] == (3,)
+        if is_rgb and self.spec.channels == 1:  # grey is asked for: converted as a picture from a file
+            sample = PILImage.fromarray(sample)
         if isinstance(sample, PILImage.Image):
             sample = _eight_bits(sample)
             if self.spec.channels in (1, 3):
@@ -100,6 +103,11 @@ class Image(Modality):
         """Turn uint8 (B, C, H, W) into float32 with mean 0 and deviation 1 per channel."""
         mean, std = self._statistics(raw.device)
         return (raw.float() - mean * 255) / (std * 255)
+
+    def statistics(self, raw: Tensor) -> Tensor:
+        """Return count, sum and sum of squares of each channel of pixels in [0, 1] -> (3, C)."""
+        x = raw.transpose(0, 1).flatten(1).double() / 255
+        return torch.stack([torch.full_like(x[:, 0], x.shape[1]), x.sum(1), x.square().sum(1)])
 
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw (C, H, W); the first three channels, or the first one in grey."""

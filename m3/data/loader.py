@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,30 @@ class Samples(Dataset[Loaded]):
         """Read a sample; an unreadable one is replaced by the next and named in `skipped`."""
         position, index = at
         skipped: list[str] = []
-        for shift in range(TRIES):
+        reasons: set[str | None] = set()
+        count = min(TRIES, len(self.source))
+        for shift in range(count):
             number = (index + shift) % len(self.source)
             try:
                 return self._load(self._read(number), position, tuple(skipped))
             except Exception as error:  # whatever a broken file raises; it is counted, named and limited
                 skipped.append(f"{self.source.name(number)}: {error}")
-        raise M3Error(f"{TRIES} samples in a row can't be read; the first: {skipped[0]}")
+                reasons.add(str(error) if isinstance(error, M3Error) else None)
+        reason = next(iter(reasons))
+        if reason and len(reasons) == 1 and count > 1:  # a setting, not a broken file
+            raise M3Error(f"the recipe does not fit the data, {count} samples in a row fail alike: {reason}")
+        what = f"{count} samples in a row" if count < len(self.source) else f"all {count} samples of the data"
+        raise M3Error(f"{what} can't be read; the first: {skipped[0]}")
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch | M3Error:
+        """Read and collate a micro-batch; called by torch's loader.
+
+        A mistake is returned: raised in a worker process, it would reach the user inside a traceback.
+        """
+        try:
+            return self.collate([self[pair] for pair in pairs])
+        except M3Error as error:
+            return error
 
     def collate(self, samples: list[Loaded]) -> Batch:
         """Make a batch of samples that holds every modality, also one that all of them happen to lack."""
@@ -125,7 +143,8 @@ def collate(samples: list[Loaded], modalities: dict[str, Modality], always: tupl
         filling = next((t for t in seconds if t is not None), None)
         if filling is not None:
             times[name] = torch.stack([filling if t is None else t for t in seconds])
-    labels = {key: torch.tensor([s.labels.get(key, -1) for s in samples]) for key in samples[0].labels}
+    kinds = dict.fromkeys(key for sample in samples for key in sample.labels)
+    labels = {key: torch.tensor([s.labels.get(key, -1) for s in samples]) for key in kinds}
     return Batch(
         signals=signals,
         keys=torch.tensor([s.position for s in samples]),
@@ -198,16 +217,29 @@ def shuffled(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-def train_loader(samples: Samples, order: Order, workers: int) -> DataLoader[Loaded]:
-    """Make the loader of one process."""
-    return DataLoader(
+def train_loader(samples: Samples, order: Order, workers: int) -> Iterator[Batch]:
+    """Yield the micro-batches of one process.
+
+    Raises:
+        M3Error: too many samples in a row can't be read, or they don't fit together.
+    """
+    loader = DataLoader(
         samples,
         batch_sampler=order,  # type: ignore[arg-type]  # yields (position, index) pairs instead of indices
         num_workers=workers,
-        collate_fn=samples.collate,
+        collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
     )
+    for batch in loader:
+        if isinstance(batch, M3Error):
+            raise batch
+        yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    """Stand in for torch's collating, which `Samples` has done; a function that worker processes can be sent."""
+    return batch
 
 
 def first_batches(samples: Samples, count: int, batch_size: int) -> Iterator[Batch]:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import heapq
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from m3.plugins import Modality
+from m3.data.files import Member, Stored, encode
+from m3.errors import M3Error
+from m3.plugins import Modality, find
 from m3.recipe import DataSpec
 
 Split = Literal["train", "held_out"]
@@ -19,10 +24,25 @@ class Sample:
     Attributes:
         signals: modality -> what `Modality.to_raw` accepts; a modality may be lacking.
         id: name for messages.
-        labels: label name -> class number.
+        labels: label name -> class number; a label may be lacking.
     """
 
     signals: dict[str, Any]
+    id: str
+    labels: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredSample:
+    """One sample as files, not yet decoded.
+
+    Attributes:
+        files: modality -> its file; a modality may be lacking.
+        id: as in `Sample`.
+        labels: as in `Sample`.
+    """
+
+    files: dict[str, Stored]
     id: str
     labels: dict[str, int] = field(default_factory=dict)
 
@@ -34,7 +54,7 @@ class Source(ABC):
         self.spec = spec
         self.modalities = modalities
         self.seed = seed
-        self.split = split
+        self.split: Split = split
 
     @abstractmethod
     def __len__(self) -> int:
@@ -47,3 +67,68 @@ class Source(ABC):
     def name(self, index: int) -> str:
         """Return a sample's id without reading it."""
         return str(index)
+
+    def stored(self, index: int) -> StoredSample:
+        """Return the files of sample `index` as they are; a source without files makes them without loss."""
+        sample = self.read(index)
+        return StoredSample({name: encode(x) for name, x in sample.signals.items()}, sample.id, sample.labels)
+
+    def coverage(self) -> dict[str, float] | None:
+        """Return modality -> share in [0, 1] of the samples that have it; None: known only by reading them."""
+        return None
+
+
+def open_source(spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> Source:
+    """Open one split of what the `data` section of a recipe describes."""
+    return find("sources", spec.source)(spec, modalities, seed, split)
+
+
+def coverage(source: Source, samples: int = 256) -> dict[str, float]:
+    """Return modality -> share in [0, 1] of the samples that have it.
+
+    Args:
+        source: any source.
+        samples: how many are read, evenly spread, where the source doesn't know without reading.
+    """
+    known = source.coverage()
+    if known is not None:
+        return known
+    count = min(samples, len(source))
+    read = [source.read(i * len(source) // count).signals for i in range(count)]
+    return {name: sum(name in signals for signals in read) / max(1, count) for name in source.modalities}
+
+
+def decode(stored: StoredSample, modalities: dict[str, Modality]) -> Sample:
+    """Load the files of a sample.
+
+    Raises:
+        M3Error: a file can't be read; names it and its modality.
+    """
+    signals = {}
+    for name, file in stored.files.items():
+        member = Member(file.data, f"{stored.id}{file.ending}")
+        try:
+            signals[name] = modalities[name].load(member)
+        except Exception as error:  # whatever a broken file raises
+            raise M3Error(f"{member.name} can't be read as `{name}`: {error}") from error
+    return Sample(signals, stored.id, stored.labels)
+
+
+def numbers_of_split(ids: Sequence[str], spec: DataSpec, split: Split) -> list[int]:
+    """Choose the samples of one split, in order.
+
+    Those with the smallest hashes of their ids are held out, `held_out` of them but at most a tenth, so that
+    adding files moves none between the splits' ends.
+    """
+    count = min(spec.held_out, len(ids) // 10)
+    kept = set(heapq.nsmallest(count, range(len(ids)), key=lambda i: _hash(ids[i])))
+    return limited([i for i in range(len(ids)) if (i in kept) == (split == "held_out")], spec, split)
+
+
+def limited(numbers: list[int], spec: DataSpec, split: Split) -> list[int]:
+    """Keep as many samples of a split as the recipe asks for."""
+    return numbers[: spec.samples] if split == "train" else numbers[: spec.held_out]
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.blake2b(key.encode(), digest_size=8).digest()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from m3.errors import M3Error, nearest
 from m3.model import M3Model, Reconstruction
-from m3.plugins import Predictor, Signal
+from m3.plugins import Modality, Predictor, Signal
 from m3.recipe import TaskSpec
 from m3.types import Batch, Tokens
 
@@ -45,31 +45,79 @@ class Row:
         return (self.model > self.baseline) == self.higher_is_better
 
 
-def fit_averages(model: M3Model, batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """Average the tokens of training samples: modality -> mean (N, P), or class frequencies (N, P, K)."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
+@dataclass(frozen=True)
+class Average:
+    """What is best to say about a modality without looking.
+
+    Attributes:
+        place: (N, P) token values, each place for itself.
+        overall: (P,) token values, one per channel, or one class, for all places.
+    """
+
+    place: Tensor
+    overall: Tensor
+
+
+def fit_averages(model: M3Model, batches: Iterable[Batch]) -> dict[str, Average]:
+    """Average the tokens of training samples: the mean, the median or the most frequent class."""
+    found: dict[str, list[Tensor]] = {}
     for batch in batches:
         for name, part in model.tokenise(batch.to(model.device)).items():
             values = part.values
             if part.is_valid is not None:
-                values = values.masked_fill(
-                    ~part.is_valid.unsqueeze(-1), torch.nan if values.is_floating_point() else -1
-                )
-            if not values.is_floating_point():
-                classes = model.modalities[name].signal.classes
-                values = F.one_hot(values.clamp(min=-1) + 1, classes + 1)[..., 1:].float()
-            sums[name] = _add(sums.get(name), values.nan_to_num(0.0).sum(0))
-            counts[name] = _add(counts.get(name), (~values.isnan()).sum(0).float())
-    return {name: total / counts[name].clamp(min=1) for name, total in sums.items()}
+                unknown = torch.nan if values.is_floating_point() else -1
+                values = values.masked_fill(~part.is_valid.unsqueeze(-1), unknown)
+            found.setdefault(name, []).append(values)
+    return {name: _average(values, model.modalities[name]) for name, values in found.items()}
 
 
-def _add(old: Tensor | None, new: Tensor) -> Tensor:
-    """Add two sums over tokens; recordings of different lengths have different numbers of them."""
-    if old is None:
-        return new
-    length = max(len(old), len(new))
-    return sum(torch.cat([x, x.new_zeros(length - len(x), *x.shape[1:])]) for x in (old, new))  # type: ignore[return-value]
+def _average(batches: list[Tensor], modality: Modality) -> Average:
+    """Average token values (B, N, P), which may be of different N."""
+    signal, length = modality.signal, max(values.shape[1] for values in batches)
+    unknown = torch.nan if signal.kind == "values" else -1
+    values = torch.cat([F.pad(x, (0, 0, 0, length - x.shape[1]), value=unknown) for x in batches])
+    if signal.kind == "classes":
+        counts = torch.zeros(*values.shape[1:], signal.classes + 1, device=values.device)
+        for sample in values:  # one by one: the counts of a whole vocabulary are large
+            counts += F.one_hot(sample + 1, signal.classes + 1)
+        counts = counts[..., 1:]
+        return Average(counts.argmax(-1), counts.sum((0, 1)).argmax(-1).expand(values.shape[-1]))
+    middle = (lambda x: x.nanmedian(0).values) if modality.centre == "median" else (lambda x: x.nanmean(0))
+    channels = signal.channels
+    if signal.channel_axis == 1:  # (channel, position) within a token
+        overall = middle(values.unflatten(-1, (channels, -1)).movedim(2, -1).reshape(-1, channels))
+        overall = overall.repeat_interleave(values.shape[-1] // channels)
+    else:
+        overall = middle(values.reshape(-1, channels)).repeat(values.shape[-1] // channels)
+    return Average(middle(values).nan_to_num(0.0), overall.nan_to_num(0.0))
+
+
+def check_tasks(model: M3Model, tasks: dict[str, TaskSpec]) -> None:
+    """Raise M3Error for a task that can't be measured on this model; called before the first step of a run."""
+    modality_of = targets_of(model)
+    inputs = [name for part in predictors(model) if part.view for name in part.view.modalities]
+    for name, task in tasks.items():
+        where = f"evaluate.tasks.{name}"
+        if task.target not in modality_of:
+            raise M3Error(f"{where}.target: the model predicts no `{task.target}`.{nearest(task.target, modality_of)}")
+        modality, visible = modality_of[task.target], task.visible or {}
+        unknown = [other for other in visible if other not in inputs]
+        if unknown:
+            raise M3Error(f"{where}.visible: `{unknown[0]}` is no input of the objective.{nearest(unknown[0], inputs)}")
+        if visible.get(modality) == 1.0 and isinstance(visible[modality], float):  # the number 1 is one token
+            raise M3Error(f"{where}.visible: all of `{modality}` is seen, so nothing is left to predict; lower it.")
+        is_relative = any(predictor.is_relative.get(task.target) for predictor in predictors(model))
+        if is_relative != (task.baseline == "patch_mean"):
+            raise M3Error(
+                f"{where}.baseline: `{task.baseline}` can't be compared with target `{task.target}`; use "
+                f"`patch_mean` for targets of normalised patches, and only for them."
+            )
+        has_values = model.modalities[modality].signal.kind == "values"
+        if task.baseline == "neighbours" and not (has_values and modality in inputs):
+            raise M3Error(
+                f"{where}.baseline: `neighbours` averages visible values, but `{task.target}` holds classes or is no "
+                f"input of the objective; use `constant`."
+            )
 
 
 @torch.no_grad()
@@ -77,7 +125,7 @@ def measure(
     model: M3Model,
     batches: Iterable[Batch],
     tasks: dict[str, TaskSpec],
-    averages: dict[str, Tensor],
+    averages: dict[str, Average],
     seed: int,
 ) -> list[Row]:
     """Measure every task on the same held-out batches.
@@ -90,23 +138,11 @@ def measure(
         seed: of the masks.
     """
     modality_of = targets_of(model)
-    for name, task in tasks.items():
-        if task.target not in modality_of:
-            raise M3Error(
-                f"evaluate.tasks.{name}.target: the model predicts no `{task.target}`."
-                f"{nearest(task.target, modality_of)}"
-            )
-        is_relative = any(predictor.is_relative.get(task.target) for predictor in predictors(model))
-        if is_relative != (task.baseline == "patch_mean"):
-            raise M3Error(
-                f"evaluate.tasks.{name}.baseline: `{task.baseline}` can't be compared with target `{task.target}`; use "
-                f"`patch_mean` for targets of normalised patches, and only for them."
-            )
     sums: dict[str, list[Tensor]] = {}
     for batch in batches:
         batch = batch.to(model.device)
         for name, task in tasks.items():
-            result = model.reconstruct(batch, task.visible, seed)
+            result = model.reconstruct(batch, task.visible, seed, objective_of(model, task.target))
             own, theirs = _score(model, batch, task, result, averages)
             old = sums.get(name)
             sums[name] = [own, theirs] if old is None else [old[0] + own, old[1] + theirs]
@@ -127,13 +163,18 @@ def predictors(model: M3Model) -> list[Predictor]:
     return [objective for objective in model.objectives.values() if isinstance(objective, Predictor)]
 
 
+def objective_of(model: M3Model, target: str) -> str:
+    """Return the name of the objective that predicts a target."""
+    return next(n for n, o in model.objectives.items() if isinstance(o, Predictor) and target in o.modality_of)
+
+
 def targets_of(model: M3Model) -> dict[str, str]:
     """Return target -> modality over all objectives that predict signals."""
     return {name: modality for predictor in predictors(model) for name, modality in predictor.modality_of.items()}
 
 
 def _score(
-    model: M3Model, batch: Batch, task: TaskSpec, result: Reconstruction, averages: dict[str, Tensor]
+    model: M3Model, batch: Batch, task: TaskSpec, result: Reconstruction, averages: dict[str, Average]
 ) -> tuple[Tensor, Tensor]:
     """Return the sums of the model and of the baseline over the positions that the encoder did not see."""
     name = targets_of(model)[task.target]
@@ -146,9 +187,9 @@ def _score(
     if task.baseline == "patch_mean":
         return _relative_errors(model, task.target, tokens, is_asked, result)
     if task.baseline == "neighbours":
-        guess = neighbours(modality.signal, tokens, result.is_visible[name])
+        guess = neighbours(model.tokenizers[name].signal, tokens, result.is_visible[name])
     else:
-        guess = constant(averages[name], modality.signal, task.baseline == "average_map", tokens)
+        guess = constant(averages[name], task.baseline == "average_map", tokens)
     size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
 
     def signal(values: Tensor) -> Tensor:
@@ -173,23 +214,13 @@ def _relative_errors(
     )
 
 
-def constant(average: Tensor, signal: Signal, by_position: bool, tokens: Tokens) -> Tensor:
-    """Return the best constant token values (B, N, P), the same for all samples, and position by position on demand.
-
-    Args:
-        average: from `fit_averages`, (N, P) or (N, P, K).
-        signal: of the modality.
-        by_position: every place has its own average; otherwise one per channel, or one class, for all.
-        tokens: those that are to be guessed.
-    """
-    if not by_position:
-        channels = signal.channels if signal.kind == "values" else 1
-        inner = average.unflatten(1, (channels, -1) if signal.channel_axis == 1 else (-1, channels))
-        axis = 2 if signal.channel_axis == 1 else 1
-        average = inner.mean((0, axis), keepdim=True).expand_as(inner).flatten(1, 2)
-    guess = average.argmax(-1) if signal.kind == "classes" else average
+def constant(average: Average, by_position: bool, tokens: Tokens) -> Tensor:
+    """Return the best token values (B, N, P) that are the same for all samples: everywhere, or place by place."""
     batch, count = tokens.values.shape[:2]
-    if len(guess) < count:  # longer than any that was averaged: the last place's average
+    if not by_position:
+        return average.overall.expand(batch, count, -1)
+    guess = average.place
+    if len(guess) < count:  # longer than any that was averaged: the last place's
         guess = torch.cat([guess, guess[-1:].expand(count - len(guess), -1)])
     return guess[:count].expand(batch, -1, -1)
 

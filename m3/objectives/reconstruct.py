@@ -15,8 +15,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from m3.backbone import BackboneSpec
-from m3.errors import M3Error, nearest
+from m3.errors import M3Error, nearest, within
 from m3.plugins import Predictor, Strict, Tokenizer, View, build_spec
+from m3.points import chamfer
 from m3.types import Encoded, Loss, MaskPlan, Part, Tokens
 
 
@@ -26,14 +27,15 @@ class TargetSpec(Strict):
     Attributes:
         of: modality it belongs to; the target's own name if left out.
         target: provider of the true values.
-        loss: `mse`, `l1`, `smooth_l1` (values) or `cross_entropy` (class ids).
+        loss: `mse`, `l1`, `smooth_l1` (values), `cross_entropy` (class ids), or `chamfer` (groups of points, as
+            sets; Point-MAE).
         decoder: overrides the objective's decoder.
         weight: factor on this part of the loss.
     """
 
     of: str | None = None
     target: dict = Field(default={"type": "values"})
-    loss: Literal["mse", "l1", "smooth_l1", "cross_entropy"] = "mse"
+    loss: Literal["mse", "l1", "smooth_l1", "cross_entropy", "chamfer"] = "mse"
     decoder: dict | None = None
     weight: float = 1.0
 
@@ -67,23 +69,25 @@ class Reconstruct(Predictor):
         self.spec = spec
         self.inputs = spec.inputs or tuple(tokenizers)
         for name in self.inputs:
-            _check_modality("inputs", name, tokenizers)
+            check_modality("reconstruct.inputs", name, tokenizers)
         self.view = View(self.inputs, json.dumps(spec.masking, sort_keys=True))
         self.views = (self.view,)
         self.decoders = nn.ModuleDict()
-        self.providers, self.modality_of, self.classes = {}, {}, {}
+        self.providers, self.modality_of, self.classes, self.channels = {}, {}, {}, {}
         for name, target in spec.targets.items():
             modality = target.of or name
-            _check_modality(f"targets.{name}", modality, tokenizers)
+            check_modality(f"reconstruct.targets.{name}", modality, tokenizers)
             tokenizer = tokenizers[modality]
             part, settings = build_spec("targets", target.target, f"targets.{name}.target")
             self.providers[name] = part(settings, tokenizer)
             decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")
-            self.decoders[name] = decoder(
-                settings, backbone, tokenizers, self.inputs, modality, self.providers[name].width
-            )
+            with within(f"targets.{name}.decoder"):
+                self.decoders[name] = decoder(
+                    settings, backbone, tokenizers, self.inputs, modality, self.providers[name].width
+                )
             self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
-            _check_loss(name, target.loss, tokenizer)
+            self.channels[name] = tokenizer.signal.channels
+            check_loss(name, target.loss, tokenizer)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
         self.is_relative = {name: provider.is_relative for name, provider in self.providers.items()}
         self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
@@ -91,17 +95,17 @@ class Reconstruct(Predictor):
 
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
         """Return one part per target, named after it."""
-        view = encoded[self.view]
+        view = encoded[self.views[0]]
         parts = {}
         for number, (name, target) in enumerate(self.spec.targets.items()):
             modality = self.modality_of[name]
             index, is_target = self._targets(name, view.plan, tokens)
             predicted = self.predict(name, view, tokens, index)
             truth = self.providers[name](tokens[modality], index)
-            weights = _weights(truth, is_target, self.has_gaps[name])
+            weights = value_weights(truth, is_target, self.has_gaps[name])
             if self.has_gaps[name]:  # NaN would poison the gradient even where the weight is False
                 truth = truth.nan_to_num(0.0)
-            losses = _losses(target.loss, predicted.float(), truth, self.classes[name])
+            losses = elementwise_losses(target.loss, predicted.float(), truth, self.classes[name], self.channels[name])
             total, count = reduce(losses, weights, self.spec.average)
             weight = target.weight
             if self.log_variance is not None:
@@ -114,13 +118,16 @@ class Reconstruct(Predictor):
 
     def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
         """Return the count of every part that `forward` will return."""
-        counts = {}
+        counts, asked = {}, 0
         for name in self.spec.targets:
             modality = self.modality_of[name]
-            index, is_target = self._targets(name, plans[self.view], tokens)
+            index, is_target = self._targets(name, plans[self.views[0]], tokens)
             truth = self.providers[name](tokens[modality], index)
-            weights = _weights(truth, is_target, self.has_gaps[name])
+            weights = value_weights(truth, is_target, self.has_gaps[name])
+            asked += index.shape[1]
             counts[name] = reduce(torch.zeros_like(truth, dtype=torch.float32), weights, self.spec.average)[1]
+        if not asked:
+            raise M3Error("the masking of `reconstruct` hides nothing that could be predicted; lower `visible`.")
         if self.log_variance is not None:
             samples = next(iter(tokens.values())).values
             counts["balance"] = torch.tensor(float(len(samples)), device=samples.device)
@@ -157,6 +164,8 @@ def reduce(losses: Tensor, weights: Tensor | None, average: str) -> tuple[Tensor
     `token` counts values; `sample` takes the mean within each sample and counts samples that have a target.
     """
     if weights is None:
+        if not losses.numel():  # nothing is asked for
+            return losses.sum(), losses.new_zeros(())
         if average == "sample":
             return losses.flatten(1).mean(1).sum(), losses.new_tensor(len(losses))
         return losses.sum(), losses.new_tensor(losses.numel())
@@ -168,17 +177,20 @@ def reduce(losses: Tensor, weights: Tensor | None, average: str) -> tuple[Tensor
     return (losses.flatten(1).sum(1) / counts.clamp(min=1)).sum(), (counts > 0).sum().to(losses.dtype)
 
 
-def _losses(kind: str, predicted: Tensor, truth: Tensor, classes: int) -> Tensor:
+def elementwise_losses(kind: str, predicted: Tensor, truth: Tensor, classes: int, channels: int) -> Tensor:
     """Return (B, T, P) losses of single values; those of unknown values mean nothing and are not counted."""
     if kind == "cross_entropy":
         scores = predicted.reshape(-1, classes)
         losses = F.cross_entropy(scores, truth.reshape(-1), reduction="none", ignore_index=-1)
         return losses.reshape(truth.shape)
+    if kind == "chamfer":  # one number per group, spread over its values, so that they count like others
+        groups = [x.unflatten(-1, (-1, channels)).flatten(0, 1) for x in (predicted, truth.float())]
+        return chamfer(*groups).view(*truth.shape[:2], 1).expand(truth.shape)
     measure = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[kind]
     return measure(predicted, truth.float(), reduction="none")
 
 
-def _weights(truth: Tensor, is_target: Tensor | None, has_gaps: bool) -> Tensor | None:
+def value_weights(truth: Tensor, is_target: Tensor | None, has_gaps: bool) -> Tensor | None:
     """Return (B, T, 1 or P) bool, True for values that count; None when all do."""
     weights = None if is_target is None else is_target.unsqueeze(-1)
     if has_gaps:
@@ -187,14 +199,16 @@ def _weights(truth: Tensor, is_target: Tensor | None, has_gaps: bool) -> Tensor 
     return weights
 
 
-def _check_modality(where: str, name: str, tokenizers: dict[str, Tokenizer]) -> None:
+def check_modality(where: str, name: str, tokenizers: dict[str, Tokenizer]) -> None:
+    """Raise M3Error when a setting names a modality that is not there."""
     if name not in tokenizers:
-        raise M3Error(
-            f"reconstruct.{where} names `{name}`, which is no modality of the recipe.{nearest(name, tokenizers)}"
-        )
+        raise M3Error(f"{where} names `{name}`, which is no modality of the recipe.{nearest(name, tokenizers)}")
 
 
-def _check_loss(name: str, loss: str, tokenizer: Tokenizer) -> None:
+def check_loss(name: str, loss: str, tokenizer: Tokenizer) -> None:
+    """Raise M3Error when a loss can't compare what the tokens of target `name` hold."""
+    if loss == "chamfer" and tokenizer.signal.channel_axis != -1:
+        raise M3Error(f"target `{name}` holds no points, which loss `chamfer` compares; use mse, l1 or smooth_l1.")
     if (loss == "cross_entropy") != (tokenizer.signal.kind == "classes"):
         raise M3Error(
             f"target `{name}` holds {tokenizer.signal.kind}, which loss `{loss}` can't compare; "

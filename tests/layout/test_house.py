@@ -16,17 +16,30 @@ FILES = [path for path in FILES if not any(parent.is_symlink() for parent in pat
 # Lower stages first; a module may import only from its own line and the lines above.
 ORDER = (
     {"errors"},
-    {"types", "random", "linear", "drawing", "samples", "plugin_template"},
+    {"types", "random", "linear", "drawing", "points", "samples", "codebook", "data.recording", "plugin_template"},
     {"plugins"},
-    {"positions", "attention", "scorers", "targets", "config", "memory", "data.geometry", "data.world"},
+    {
+        "positions",
+        "attention",
+        "scorers",
+        "targets",
+        "config",
+        "memory",
+        "teachers",
+        "quantize",
+        "data.geometry",
+        "data.clouds",
+        "data.files",
+    },
+    {"data.world", "data.video", "data.sound", "data.words"},
     {"backbone", "masking", "modalities", "tokenizers"},
-    {"heads", "recipe"},
-    {"objectives", "data.source", "schedule", "checkpoint", "ema"},
-    {"data.sources", "data.loader", "model", "progress"},
-    {"processor", "evaluate"},
+    {"heads", "coders", "recipe"},
+    {"objectives", "data.source", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
+    {"data.sources", "data.pack", "data.check", "data.loader", "model", "progress"},
+    {"processor", "evaluate", "tokenizer_model"},
     {"show"},
-    {"train", "reconstruct"},
-    {"summary", "check", "doctor", "bench", "testing", "plugin_commands", "cli", "auto", "m3"},
+    {"train", "held_out", "reconstruct", "tokenize_data"},
+    {"summary", "check", "doctor", "bench", "testing", "plugin_commands", "data.commands", "cli", "auto", "m3"},
 )
 
 

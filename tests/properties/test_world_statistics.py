@@ -51,7 +51,7 @@ def test_objects_are_in_view_and_not_tiny(views):
 
 def test_every_label_is_common():
     """No label may be learnt by always saying the same."""
-    source = WorldSource(11, "held_out", COUNT)
+    source = WorldSource(11, "held_out", COUNT, signals=())
     labels = [source.read(index)["labels"] for index in range(COUNT)]
     for name, choices, least, most in (("shape", len(SHAPES), 0.10, 0.45), ("color", len(COLOURS), 0.07, 0.25)):
         share = np.bincount([label[name] for label in labels], minlength=choices) / COUNT

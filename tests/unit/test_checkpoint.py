@@ -143,10 +143,11 @@ def test_the_learning_rate_is_scaled_by_the_batch() -> None:
     assert (unscaled.lr, unscaled.min_lr) == (1.5e-4, 1e-6)
 
 
-def test_epochs_become_steps_of_full_batches() -> None:
+def test_epochs_become_steps_that_pass_over_the_samples_so_often() -> None:
     spec = TrainSpec(epochs=2.5, warmup=0.5, batch_size=16, micro_batch=4)
-    assert plan_run(spec, samples=100, world=2)[:4] == (15, 3, 4, 2)  # six full batches per epoch
-    assert plan_run(spec, samples=5, world=1).steps == 2, "an epoch is at least one step"
+    assert plan_run(spec, samples=100, world=2)[:4] == (16, 3, 4, 2)  # 250 and 50 samples in batches of 16
+    assert plan_run(TrainSpec(epochs=10, batch_size=64), samples=20, world=1).steps == 3, "200 samples, not 640"
+    assert plan_run(TrainSpec(epochs=0.5, batch_size=64), samples=20, world=1).steps == 1
     steps = TrainSpec(steps=15, warmup=3, batch_size=16)
     assert plan_run(steps, samples=100, world=2)[:4] == (15, 3, 8, 1)
 

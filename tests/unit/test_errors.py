@@ -17,7 +17,7 @@ from m3.recipe import load_recipe
 from m3.train import build_model, open_source, train
 from m3.types import Batch
 
-TINY = ["train.steps=1", "train.batch_size=4", "data.workers=0", "train.trackers=[]"]
+TINY = ["train.steps=1", "train.batch_size=4", "data.workers=0", "train.trackers=[]", "train.threads=1"]
 
 
 def photographs(folder: Path, count: int) -> Path:
@@ -39,6 +39,12 @@ def folder_recipe(root: Path, *more: str):
         ("trian.steps=3", r"mae_tiny.yaml: trian: unknown key. Did you mean `train`\?"),
         ("train.steps=many", "mae_tiny.yaml: train.steps: input should be a valid integer, .* got 'many'"),
         ("train.batch_size=0", "train.batch_size: input should be greater than 0, got 0"),
+        ("data.crop=[1.0,0.2]", r"data: `crop` is smallest, then largest: write \[0.2, 1.0\]"),
+        ("data.crop=[0.2,1.2]", "data.crop.1: input should be less than or equal to 1, got 1.2"),
+        ("data.root=/photos", "data: source `world` makes its own scenes and reads no `root`; add data.source=folder"),
+        ("train.betas=[0.9,1.5]", "train.betas.1: input should be less than 1, got 1.5"),
+        ("backbone.class_tokens=-1", "backbone.class_tokens: input should be greater than or equal to 0, got -1"),
+        ("backbone.mlp_ratio=0", "backbone.mlp_ratio: input should be greater than 0, got 0"),
         ("train.epochs=3", "train: give either `steps` or `epochs`, not both and not neither"),
         ("backbone.heads=5", "backbone: width 192 is not divisible by heads 5; change one of them"),
         ("backbone=big", "mae_tiny.yaml: backbone: .* got 'big'"),
@@ -71,6 +77,7 @@ def test_wrong_recipes_are_refused_before_any_work(override: str, sentence: str)
             "objectives.reconstruct.targets.image.loss=cross_entropy",
             "holds values, which loss `cross_entropy` can't compare",
         ),
+        ("modalities.image.std=[0,0,0]", "modalities.image.std.0: input should be greater than 0, got 0"),
         ("objectives.reconstruct.masking.visible=1.5", "masking.visible: "),
         ("objectives.reconstruct.decoder.type=self_decoderr", r"Did you mean `self_decoder`\?"),
     ],
@@ -106,7 +113,7 @@ def test_an_unreadable_image_is_skipped_counted_and_reported(tmp_path: Path, cap
     root = photographs(tmp_path / "photos", 30)
     recipe = folder_recipe(root, "train.steps=8", "train.log_every=1", "data.held_out=2")
     broken = open_source(recipe, build_model(recipe), "train").ids[7]
-    (root / f"{broken}.jpg").write_bytes((root / f"{broken}.jpg").read_bytes()[:3000])
+    (root / broken).write_bytes((root / broken).read_bytes()[:3000])
     train(recipe)
     printed = " ".join(capsys.readouterr().out.split())
     assert printed.count(f"skipped {broken}: image file is truncated") == 1

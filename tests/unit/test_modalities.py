@@ -152,7 +152,7 @@ def test_arrays_and_tensors_in_either_order_are_the_same_image() -> None:
         ),
         (image(), PIXELS[..., :2], r"^an image must be uint8 with 3 channels, got torch.uint8 of shape \(6, 8, 2\); "),
         (image(), PIXELS[..., 0], r"with 3 channels, got torch.uint8 of shape \(1, 6, 8\); .* or set `channels`.$"),
-        (depth(), PIXELS, r"^a depth map must have shape \(height, width\), got \(6, 8, 3\).$"),
+        (depth(), PIXELS, r"^a depth map must have shape \(height, width\), got uint8 of shape \(6, 8, 3\).$"),
         (depth(), np.array([[1, np.nan]]).repeat(2, 0), "^a depth map has NaN or infinite values; set `missing` in"),
         (depth(), np.array([[1, np.inf]]).repeat(2, 0), "^a depth map has NaN or infinite values; set `missing` in"),
         (semantic(), PIXELS, r"^a semantic map must hold integer class ids of shape .* of shape \(6, 8, 3\); colour-"),

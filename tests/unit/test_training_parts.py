@@ -27,8 +27,8 @@ def test_the_papers_learning_rate_and_length() -> None:
     """MAE: 1.5e-4 x 4096 / 256 = 2.4e-3; 1600 epochs of 1,281,167 images; 64 processes of 64."""
     plan = plan_run(load_recipe("mae_vit_b").train, samples=1_281_167, world=64)
     assert plan.lr == pytest.approx(2.4e-3)
-    assert plan.steps == 1600 * (1_281_167 // 4096)
-    assert plan.warmup == 40 * (1_281_167 // 4096)
+    assert plan.steps == 500_456  # 1600 x 1,281,167 / 4096 = 500,455.9
+    assert plan.warmup == 12_511  # 40 x 1,281,167 / 4096 = 12,511.4
     assert (plan.micro_batch, plan.accumulation) == (64, 1)
     multimae = plan_run(load_recipe("multimae_vit_b").train, samples=1_281_167, world=8)
     assert multimae.lr == pytest.approx(8e-4)

@@ -1,11 +1,12 @@
-"""Files in folders: photographs anywhere below a root, or aligned modalities as root/<modality>/<id>.<ext>."""
+"""Files in folders: photographs below a root, aligned modalities as root/<modality>/<id>.<ext>, or a manifest."""
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
-from m3.data.source import Sample, Source, Split
+from m3.data.files import Stored
+from m3.data.manifest import ENDINGS, Row, read_manifest
+from m3.data.source import Sample, Source, Split, StoredSample, limited, numbers_of_split
 from m3.errors import M3Error
 from m3.plugins import Modality
 from m3.recipe import DataSpec
@@ -15,39 +16,92 @@ from m3.samples import split_ending
 class Folder(Source):
     """Every modality in the folder of its name; sample ids are the paths below it without ending.
 
-    With one modality its files may also lie in the root itself, at any depth. `root/train` and `root/val` are
-    used as the two splits when both exist; otherwise `held_out` samples (at most a tenth), chosen by a hash of
-    their id, are held out.
+    With one modality its files may also lie in the root itself, at any depth, and ids keep the ending.
+    `root/train` and `root/val` are used as the two splits when both exist; otherwise `held_out` samples (at most
+    a tenth), chosen by a hash of their id, are held out. The root may also be a manifest (.csv or .jsonl), whose
+    columns are modalities, `id`, `label` or `label:NAME` and `split` (train, held_out or val); an empty value says
+    that the sample lacks it.
     """
 
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
         if spec.root is None:
             raise M3Error("data.root: this key is required for source `folder`; name the folder of your files.")
-        root = Path(spec.root)
-        if not root.is_dir():
-            raise M3Error(f"data.root: the folder {root} does not exist; check the path.")
-        is_split = (root / "train").is_dir() and (root / "val").is_dir()
-        if is_split:
-            root = root / ("train" if split == "train" else "val")
-        self.files = {name: _files(root, name, part, len(modalities) == 1) for name, part in modalities.items()}
-        _check_alignment(self.files, root)
-        ids = sorted(next(iter(self.files.values())))
-        if not is_split:
-            ids = _split(ids, spec.held_out, split)
-        self.ids = ids[: spec.samples] if split == "train" else ids[: spec.held_out]
+        self.root = Path(spec.root)
+        if self.root.is_file():
+            rows = self._manifest()
+        elif self.root.is_dir():
+            rows = self._folders()
+        else:
+            raise M3Error(f"data.root: the folder {self.root} does not exist; check the path.")
+        if rows[0].split is None:
+            numbers = numbers_of_split([row.id for row in rows], spec, split)
+        else:
+            numbers = limited([i for i, row in enumerate(rows) if row.split == split], spec, split)
+        self.rows = [rows[i] for i in numbers]
+        self.ids = [row.id for row in self.rows]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.rows)
 
     def read(self, index: int) -> Sample:
         """Load the files of one sample."""
-        key = self.ids[index]
-        return Sample({name: part.load(self.files[name][key]) for name, part in self.modalities.items()}, key)
+        row = self.rows[index]
+        signals = {}
+        for name, value in row.values.items():
+            try:
+                signals[name] = value if isinstance(value, str) else self.modalities[name].load(value)
+            except FileNotFoundError as error:
+                raise self._no_file(row, name) from error
+        return Sample(signals, row.id, row.labels)
+
+    def stored(self, index: int) -> StoredSample:
+        """Return the files of one sample byte for byte; text of the manifest as .txt."""
+        row = self.rows[index]
+        files = {}
+        for name, value in row.values.items():
+            try:
+                is_text = isinstance(value, str)
+                files[name] = (
+                    Stored(".txt", value.encode()) if is_text else Stored(value.suffix.lower(), value.read_bytes())
+                )
+            except FileNotFoundError as error:
+                raise self._no_file(row, name) from error
+        return StoredSample(files, row.id, row.labels)
 
     def name(self, index: int) -> str:
-        """Return the sample's path below the modality's folder."""
+        """Return the sample's path below the modality's folder, or its id in the manifest."""
         return self.ids[index]
+
+    def coverage(self) -> dict[str, float]:
+        """Count files and values; none is opened."""
+        counts = {name: sum(name in row.values for row in self.rows) for name in self.modalities}
+        return {name: count / max(1, len(self.rows)) for name, count in counts.items()}
+
+    def _manifest(self) -> list[Row]:
+        if self.root.suffix not in ENDINGS:
+            raise M3Error(f"data.root: {self.root} is neither a folder nor a manifest ({', '.join(ENDINGS)}).")
+        return read_manifest(self.root, self.modalities)
+
+    def _folders(self) -> list[Row]:
+        """List the files of both splits where each has its folder, else of all samples."""
+        if not ((self.root / "train").is_dir() and (self.root / "val").is_dir()):
+            return self._rows(self.root, None)
+        return self._rows(self.root / ("train" if self.split == "train" else "val"), self.split)
+
+    def _rows(self, root: Path, split: str | None) -> list[Row]:
+        files = {name: _files(root, name, part, len(self.modalities) == 1) for name, part in self.modalities.items()}
+        if self.spec.missing == "error":
+            _check_alignment(files, root)
+        rows = []
+        for key in sorted(set().union(*files.values())):
+            values: dict[str, Path | str] = {name: found[key] for name, found in files.items() if key in found}
+            rows.append(Row(key, values, {}, split, 0))
+        return rows
+
+    def _no_file(self, row: Row, name: str) -> M3Error:
+        where = f"{self.root}, line {row.line}: " if row.line else ""
+        return M3Error(f"{where}there is no file {row.values[name]} for `{name}`; correct the path or add the file.")
 
 
 def _files(root: Path, name: str, modality: Modality, is_only: bool) -> dict[str, Path]:
@@ -63,9 +117,10 @@ def _files(root: Path, name: str, modality: Modality, is_only: bool) -> dict[str
         folder = root
     found: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        split = split_ending(path.relative_to(folder).as_posix(), modality.extensions)
+        inside = path.relative_to(folder).as_posix()
+        split = split_ending(inside, modality.extensions)
         if split and path.is_file():
-            key = split[0]
+            key = inside if is_only else split[0]  # the ending only matters where files of modalities are to be paired
             if key in found:
                 raise M3Error(f"{folder}: {found[key].name} and {path.name} have the same id `{key}`; remove one.")
             found[key] = path
@@ -85,12 +140,5 @@ def _check_alignment(files: dict[str, dict[str, Path]], root: Path) -> None:
             other = next(n for n, f in files.items() if lacking[0] in f)
             raise M3Error(
                 f"{root}: `{lacking[0]}` is in `{other}` but not in `{name}` ({len(lacking)} such in all); "
-                f"every sample needs a file of the same name in each modality's folder."
+                f"every sample needs a file of the same name in each modality's folder, or set data.missing=allow."
             )
-
-
-def _split(ids: list[str], held_out: int, split: Split) -> list[str]:
-    """Hold out the ids with the smallest hashes, so that adding files moves none between the splits' ends."""
-    by_hash = sorted(ids, key=lambda key: hashlib.blake2b(key.encode(), digest_size=8).digest())
-    kept = set(by_hash[: min(held_out, len(ids) // 10)])
-    return [key for key in ids if (key in kept) == (split == "held_out")]

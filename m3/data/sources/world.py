@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from m3.data.source import Sample, Source, Split
 from m3.data.world import WorldSource
+from m3.data.world.source import USUAL, Offer
 from m3.errors import M3Error
 from m3.plugins import Modality, type_name
 from m3.recipe import DataSpec
@@ -11,22 +12,28 @@ from m3.recipe import DataSpec
 ENDLESS = 1_000_000
 """Scenes of a run that does not limit `samples`."""
 
+PICTURES = ("image", "depth", "semantic_map", "video", "normals")
+"""Types whose signals end in height and width."""
+
 
 class World(Source):
     """Procedural scenes, made on the fly. A modality gets the signal of its type, whatever its name."""
 
-    def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
+    def __init__(
+        self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split, offer: Offer = USUAL
+    ) -> None:
         super().__init__(spec, modalities, seed, split)
-        self.types = {name: type_name(type(part).__name__) for name, part in modalities.items()}
-        height, width = _frame_size(modalities)
-        length = (spec.samples or ENDLESS) if split == "train" else spec.held_out
-        self.scenes = WorldSource(seed, split, length, height, width)
+        self.types = {name: part.reads or type_name(type(part).__name__) for name, part in modalities.items()}
         for name, kind in self.types.items():
             if kind not in WorldSource.SIGNALS:
                 raise M3Error(
                     f"modalities.{name}: the world makes no `{kind}`; it offers {', '.join(WorldSource.SIGNALS)}. "
                     f"Use another data.source."
                 )
+        height, width = _frame_size(modalities)
+        length = (spec.samples or ENDLESS) if split == "train" else spec.held_out
+        signals = tuple(dict.fromkeys(self.types.values()))
+        self.scenes = WorldSource(seed, split, length, height, width, signals=signals, offer=offer)
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -39,6 +46,7 @@ class World(Source):
 
 
 def _frame_size(modalities: dict[str, Modality]) -> tuple[int, int]:
-    """Return the largest map any modality reads, so that the others are made smaller, never larger."""
-    sizes = [part.signal.size for part in modalities.values() if len(part.signal.size) == 2]
+    """Return the largest picture any modality reads, so that the others are made smaller, never larger."""
+    parts = [part for part in modalities.values() if type_name(type(part).__name__) in PICTURES]
+    sizes = [part.signal.size[-2:] for part in parts]
     return (max(s[0] for s in sizes), max(s[1] for s in sizes)) if sizes else (64, 64)

@@ -191,7 +191,7 @@ def _shade(
     shine = np.zeros(len(rays), np.float32)
     for number, thing in enumerate(scene.objects):
         own = instance == number + 1
-        albedo[own] = _object_colour(thing, points[own])
+        albedo[own] = object_colour(thing, points[own])
         shine[own] = SHINE[thing.material]
     colour = albedo * (scene.light.ambient + scene.light.strength * facing)[:, None]
     mirrored = rays - 2 * np.einsum("pc,pc->p", rays, normals)[:, None] * normals
@@ -234,7 +234,8 @@ def _ground_colour(scene: Scene, points: np.ndarray) -> np.ndarray:
     return tone[:, None].astype(np.float32) * base
 
 
-def _object_colour(thing: Object, points: np.ndarray) -> np.ndarray:
+def object_colour(thing: Object, points: np.ndarray) -> np.ndarray:
+    """Return the albedo (P, 3) in [0, 1] of points (P, 3) on an object, world frame, metres: colour times texture."""
     base = np.array(COLOURS[thing.colour], np.float32)
     z = points[:, 2] / thing.height
     if thing.texture == "plain":

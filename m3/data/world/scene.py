@@ -156,10 +156,11 @@ class Scene:
         return replace(self, objects=moved, camera=self.camera.at(time))
 
 
-def sample_scene(seed: int, index: int, split: Split) -> Scene:
-    """Draw scene `index` of a split; the same arguments give the same scene everywhere.
+def generator(seed: int, index: int, split: Split, use: int = 0) -> np.random.Generator:
+    """Return the random numbers of scene `index` for one use: 0 the scene itself, others what is drawn on top of it.
 
-    The generator's key is (seed, 2 * index + split): no two splits share a key, so they share no scene.
+    The key is (seed, 2 * index + split): no two splits share a key, so they share no scene. The use starts the
+    counter elsewhere under the same key, so that a new use changes no number of another.
 
     Raises:
         ValueError: for any other split, which would otherwise be drawn from the keys of `train`.
@@ -167,7 +168,17 @@ def sample_scene(seed: int, index: int, split: Split) -> Scene:
     if split not in ("train", "held_out"):
         raise ValueError(f"split must be train or held_out, not {split!r}")
     key = [seed & 0xFFFFFFFFFFFFFFFF, 2 * index + (split == "held_out")]
-    random = np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
+    counter = np.array([0, 0, 0, use], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64), counter=counter))
+
+
+def sample_scene(seed: int, index: int, split: Split) -> Scene:
+    """Draw scene `index` of a split; the same arguments give the same scene everywhere.
+
+    Raises:
+        ValueError: for any other split.
+    """
+    random = generator(seed, index, split)
     scene = _draw(random)
     while not _is_worth_seeing(scene):
         scene = _draw(random)

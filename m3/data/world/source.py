@@ -1,23 +1,52 @@
 """Numbered scenes of a split with all their signals.
 
-Letters: H height, W width.
+Letters: H height, W width, T frames of a video, S samples of a sound, P points.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
+from m3.data.recording import Clip
 from m3.data.world.caption import SEEN_PIXELS, caption
-from m3.data.world.render import render
-from m3.data.world.scene import COLOURS, SHAPES, Split, sample_scene
+from m3.data.world.cloud import sample_points
+from m3.data.world.derived import boxes, camera_normals
+from m3.data.world.render import Frame, render
+from m3.data.world.scene import COLOURS, SHAPES, Scene, Split, generator, sample_scene
+from m3.data.world.sound import record
+from m3.errors import M3Error
+
+SOUND, POINTS = 1, 2
+"""Uses of a scene's random numbers beside the scene itself; see `generator`."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """How much of the signals that have an extent in time or a count.
+
+    Attributes:
+        frames: of a video; a sound lasts as long, frames / fps seconds.
+        fps: frames per second.
+        sound_rate: samples per second.
+        points: of a cloud.
+    """
+
+    frames: int = 8
+    fps: float = 4.0
+    sound_rate: int = 16000
+    points: int = 1024
+
+
+USUAL = Offer()
 
 
 class WorldSource:
     """Scenes 0 ... length - 1 of a split, rendered when they are read."""
 
-    SIGNALS = ("image", "depth", "semantic_map", "text")
+    SIGNALS = ("image", "depth", "semantic_map", "text", "video", "audio", "points", "normals", "boxes")
     CLASS_NAMES = ("sky", "ground", *SHAPES)
     PALETTE = ((140, 190, 240), (110, 110, 110), (220, 50, 50), (50, 180, 70), (60, 90, 230), (240, 200, 40))
     """RGB in 0 ... 255 to paint each class of a semantic map with; it says nothing of the colours of the objects."""
@@ -27,9 +56,29 @@ class WorldSource:
         "count": ("0", "1", "2", "3", "4", "5"),
     }
 
-    def __init__(self, seed: int, split: Split, length: int, height: int = 64, width: int = 64) -> None:
+    def __init__(
+        self,
+        seed: int,
+        split: Split,
+        length: int,
+        height: int = 64,
+        width: int = 64,
+        *,
+        signals: tuple[str, ...] | None = None,
+        offer: Offer = USUAL,
+    ) -> None:
+        """Offer these `signals` (None: all); no other is computed.
+
+        Raises:
+            M3Error: for a signal that the world does not make.
+        """
         self.seed, self.length, self.height, self.width = seed, length, height, width
         self.split: Split = split
+        self.signals = self.SIGNALS if signals is None else signals
+        self.offer = offer
+        unknown = [name for name in self.signals if name not in self.SIGNALS]
+        if unknown:
+            raise M3Error(f"signals: the world makes no `{unknown[0]}`; choose from {', '.join(self.SIGNALS)}.")
 
     def __len__(self) -> int:
         return self.length
@@ -38,7 +87,9 @@ class WorldSource:
         """Render one scene.
 
         Returns:
-            `signals`: image uint8 (H, W, 3), depth float32 (H, W) metres, semantic_map uint8 (H, W), text;
+            `signals`: those that were asked for of image uint8 (H, W, 3), depth float32 (H, W) metres, semantic_map
+            uint8 (H, W), text, video `Clip`, audio `Sound`, points float32 (P, 6) as `sample_points` says, normals
+            float32 (H, W, 3) in the camera's frame, boxes as `boxes` says;
             `labels`: shape and color of the object with the most pixels, count of visible objects; `id`.
 
         Raises:
@@ -53,12 +104,7 @@ class WorldSource:
         seen = np.bincount(frame.instance.ravel(), minlength=len(scene.objects) + 1) / frame.instance.size
         main = scene.objects[int(seen[1:].argmax())]
         return {
-            "signals": {
-                "image": frame.image,
-                "depth": frame.depth,
-                "semantic_map": frame.semantic,
-                "text": caption(scene, seen),
-            },
+            "signals": self._signals(index, scene, frame, seen),
             "labels": {
                 "shape": SHAPES.index(main.shape),
                 "color": list(COLOURS).index(main.colour),
@@ -66,3 +112,26 @@ class WorldSource:
             },
             "id": f"world/{self.split}/{index:06d}",
         }
+
+    def _signals(self, index: int, scene: Scene, frame: Frame, seen: np.ndarray) -> dict[str, Any]:
+        offer, duration = self.offer, self.offer.frames / self.offer.fps
+        make = {
+            "image": lambda: frame.image,
+            "depth": lambda: frame.depth,
+            "semantic_map": lambda: frame.semantic,
+            "text": lambda: caption(scene, seen),
+            "video": lambda: self._video(scene, frame.image),
+            "audio": lambda: record(scene, self._random(index, SOUND), duration, offer.sound_rate),
+            "points": lambda: sample_points(scene, self._random(index, POINTS), offer.points),
+            "normals": lambda: camera_normals(scene.camera, frame),
+            "boxes": lambda: boxes(scene, frame),
+        }
+        return {name: make[name]() for name in self.signals}
+
+    def _video(self, scene: Scene, image: np.ndarray) -> Clip:
+        times = np.arange(self.offer.frames) / self.offer.fps
+        later = [render(scene, self.height, self.width, float(time)).image for time in times[1:]]
+        return Clip(np.stack([image, *later]), times.astype(np.float32))
+
+    def _random(self, index: int, use: int) -> np.random.Generator:
+        return generator(self.seed, index, self.split, use)

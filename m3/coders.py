@@ -1,0 +1,169 @@
+"""Coders of autoencoders: from the embedded tokens of a modality to the vectors of its codes, and back.
+
+A coder reads tokens after `Tokenizer.embed`, so images, depth, class maps, spectrograms and feature maps look alike.
+Letters: B batch, N content tokens, M codes, D width, R rows and C columns of a grid of tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch.nn.functional as F
+from pydantic import NonNegativeInt, PositiveInt
+from torch import Tensor, nn
+
+from m3.backbone import Backbone, BackboneSpec, Block
+from m3.errors import M3Error
+from m3.plugins import Strict, Tokenizer
+from m3.positions import additive
+from m3.types import MaskPlan, Tokens
+
+
+class Coder(Protocol):
+    """What every coder of this file provides.
+
+    Attributes:
+        reference: codes along each position axis at the size the model is built for.
+    """
+
+    reference: tuple[int, ...]
+
+    def encode(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Turn embedded tokens (B, N, D) into (B, M, D)."""
+        ...
+
+    def decode(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Turn what codes stand for (B, M, D) into a state for each of the N tokens (B, N, D)."""
+        ...
+
+    def is_valid(self, tokens: Tokens) -> Tensor | None:
+        """Return (B, M) bool, False for codes of tokens that don't exist; None: all do."""
+        ...
+
+
+class Vit(nn.Module):
+    """A ViT on both sides, one code per token (ViT-VQGAN, Yu et al. 2021; 4M for semantic and feature maps).
+
+    The encoder is the `backbone` section without class tokens, the decoder blocks of the same width.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: vit`.
+
+        Attributes:
+            depth: blocks of the decoder.
+        """
+
+        depth: NonNegativeInt = 12
+
+    def __init__(self, spec: Spec, backbone: BackboneSpec, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.reference = tokenizer.reference
+        width, eps = backbone.width, backbone.norm_eps
+        self.positions = additive(tokenizer, width, backbone.axis_order)
+        self.encoder = Backbone(backbone.model_copy(update={"class_tokens": 0}))
+        self.decoder_positions = additive(tokenizer, width, backbone.axis_order)
+        self.blocks = nn.ModuleList([Block(width, backbone.heads, backbone.mlp_ratio, eps) for _ in range(spec.depth)])
+        self.norm = nn.LayerNorm(width, eps=eps)
+
+    def encode(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Turn embedded tokens (B, N, D) into (B, N, D)."""
+        plan = MaskPlan({}, {}, is_valid=tokens.is_valid)
+        return self.encoder(x + self.positions(tokens.positions), plan).states
+
+    def decode(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Turn what codes stand for (B, N, D) into (B, N, D)."""
+        x = x + self.decoder_positions(tokens.positions)
+        mask = None if tokens.is_valid is None else tokens.is_valid[:, None, None]
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+    def is_valid(self, tokens: Tokens) -> Tensor | None:
+        """Return (B, N) bool: a code exists where its token does."""
+        return tokens.is_valid
+
+
+class Conv(nn.Module):
+    """Residual convolutions on both sides (VQGAN's, Esser et al. 2021, without its attention and discriminator).
+
+    They work on the grid of tokens, whose projection is their first layer; each stage halves rows and columns, so
+    there is one code per 2 ** stages x 2 ** stages tokens. For tokens on the grid that the model is built for.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: conv`.
+
+        Attributes:
+            stages: halvings of the grid.
+            blocks: residual blocks before the first stage and after each.
+        """
+
+        stages: NonNegativeInt = 1
+        blocks: PositiveInt = 2
+
+    def __init__(self, spec: Spec, backbone: BackboneSpec, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.grid = tokenizer.reference
+        self.cell = 2**spec.stages
+        if len(self.grid) != 2 or any(count % self.cell for count in self.grid):
+            raise M3Error(
+                f"coder `conv` halves a grid of rows and columns {spec.stages} times, which one of "
+                f"{' x '.join(map(str, self.grid)) or 'no'} tokens can't be; use other stages or coder `vit`."
+            )
+        self.reference = tuple(count // self.cell for count in self.grid)
+        width = backbone.width
+        down, up = _residuals(width, spec.blocks), _residuals(width, spec.blocks)
+        for _ in range(spec.stages):
+            down += [nn.Conv2d(width, width, 3, stride=2, padding=1), *_residuals(width, spec.blocks)]
+            up += [nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1), *_residuals(width, spec.blocks)]
+        self.down = nn.Sequential(*down, nn.GroupNorm(1, width))
+        self.up = nn.Sequential(*up, nn.GroupNorm(1, width))
+
+    def encode(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Turn embedded tokens (B, N, D) into (B, M, D)."""
+        return self.down(_as_map(x, self.grid)).flatten(2).transpose(1, 2)
+
+    def decode(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Turn what codes stand for (B, M, D) into (B, N, D)."""
+        return self.up(_as_map(x, self.reference)).flatten(2).transpose(1, 2)
+
+    def is_valid(self, tokens: Tokens) -> Tensor | None:
+        """Return (B, M) bool: a code exists where a token of its cell does."""
+        if tokens.is_valid is None:
+            return None
+        cells = F.max_pool2d(_as_map(tokens.is_valid.unsqueeze(-1).float(), self.grid), self.cell)
+        return cells.flatten(1) > 0
+
+
+class Residual(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x))))))."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.GroupNorm(1, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.GroupNorm(1, width),
+            nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, D, R, C) to (B, D, R, C)."""
+        return x + self.layers(x)
+
+
+def _residuals(width: int, count: int) -> list[nn.Module]:
+    return [Residual(width) for _ in range(count)]
+
+
+def _as_map(x: Tensor, grid: tuple[int, ...]) -> Tensor:
+    """Lay tokens (B, N, D) out on their grid: (B, D, R, C)."""
+    if x.shape[1] != grid[0] * grid[1]:
+        raise M3Error(
+            f"coder `conv` reads the {grid[0]} x {grid[1]} tokens it was built for, got {x.shape[1]}; "
+            f"resize the signal."
+        )
+    return x.transpose(1, 2).unflatten(2, grid)

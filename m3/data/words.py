@@ -1,0 +1,184 @@
+"""Vocabularies: from sentences to token ids and back, by whichever library made the vocabulary.
+
+A vocabulary is described by one string, which stands in the model's config so that no file is needed later:
+`words:a b c` (a closed list of whole words), `tokenizers:{...}` (the JSON of Hugging Face's `tokenizers`,
+WordPiece, BPE or Unigram), `sentencepiece:BASE64`, `open_clip:NAME`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Protocol
+
+from m3.errors import M3Error
+
+UNKNOWN = "[UNK]"
+
+
+class Vocabulary(Protocol):
+    """What text needs of a vocabulary."""
+
+    size: int
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a sentence into ids."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn ids into a sentence."""
+        ...
+
+
+def describe(vocabulary: str | list[str]) -> str:
+    """Return the string that describes a vocabulary completely, reading the file that a path names.
+
+    Args:
+        vocabulary: a list of words, such a string already, or the path of a `tokenizer.json` or of a
+            sentencepiece `.model`.
+
+    Raises:
+        M3Error: there is no such file, or it is of another kind.
+    """
+    if isinstance(vocabulary, list):
+        return f"words:{' '.join(vocabulary)}"
+    if vocabulary.partition(":")[0] in _KINDS:
+        return vocabulary
+    path = Path(vocabulary).expanduser()
+    if not path.is_file():
+        raise M3Error(f"there is no vocabulary {vocabulary}; make one with `m3 data vocabulary`, or list the words.")
+    if path.suffix == ".json":
+        return f"tokenizers:{path.read_text(encoding='utf-8')}"
+    if path.suffix == ".model":
+        return f"sentencepiece:{base64.b64encode(path.read_bytes()).decode()}"
+    raise M3Error(f"{path} is no vocabulary that is known; give a tokenizer.json or a sentencepiece .model.")
+
+
+def open_vocabulary(description: str) -> Vocabulary:
+    """Make a vocabulary from its description."""
+    kind, _, content = description.partition(":")
+    return _KINDS[kind](content)
+
+
+class Words:
+    """A closed list of whole words, divided by blanks; id 0 is for all others."""
+
+    def __init__(self, content: str) -> None:
+        self.words = [UNKNOWN, *content.split()]
+        if len(set(self.words)) != len(self.words) or len(self.words) < 2:
+            raise M3Error("text.vocabulary: the words must be at least one, and all different.")
+        self.size = len(self.words)
+        self._number = {word: number for number, word in enumerate(self.words)}
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a sentence into ids."""
+        return [self._number.get(word, 0) for word in text.lower().split()]
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn ids into a sentence."""
+        return " ".join(self.words[i] for i in ids)
+
+
+class FromTokenizers:
+    """WordPiece, BPE or Unigram of Hugging Face's `tokenizers`."""
+
+    def __init__(self, content: str) -> None:
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer = Tokenizer.from_str(content)
+        except Exception as error:  # the library raises plain Exception
+            raise M3Error(f"text.vocabulary is no tokenizer.json that can be read: {error}.") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self.size = self._tokenizer.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a sentence into ids, without special tokens."""
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn ids into a sentence."""
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+class FromSentencepiece:
+    """A sentencepiece model."""
+
+    def __init__(self, content: str) -> None:
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError as error:
+            raise M3Error("this vocabulary needs sentencepiece; run `pip install sentencepiece`.") from error
+        try:
+            self._processor = SentencePieceProcessor(model_proto=base64.b64decode(content, validate=True))
+        except (binascii.Error, RuntimeError) as error:
+            raise M3Error(f"text.vocabulary is no sentencepiece model that can be read: {error}.") from error
+        self.size = self._processor.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a sentence into ids."""
+        return self._processor.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn ids into a sentence."""
+        return self._processor.decode(ids)
+
+
+class FromOpenClip:
+    """The byte-pair encoding of CLIP, as open_clip ships it."""
+
+    def __init__(self, content: str) -> None:
+        try:
+            from open_clip.tokenizer import SimpleTokenizer
+        except ImportError as error:
+            raise M3Error("this vocabulary needs open_clip; run `pip install 'm3-multimodal[vision]'`.") from error
+        if content not in ("", "ViT-B-32"):
+            raise M3Error(f"text.vocabulary: open_clip:{content} is not known; write `open_clip:` for CLIP's own.")
+        self._tokenizer = SimpleTokenizer()
+        self.size = self._tokenizer.vocab_size
+
+    def encode(self, text: str) -> list[int]:
+        """Turn a sentence into ids."""
+        return self._tokenizer.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """Turn ids into a sentence."""
+        return self._tokenizer.decode(ids).strip()
+
+
+_KINDS = {
+    "words": Words,
+    "tokenizers": FromTokenizers,
+    "sentencepiece": FromSentencepiece,
+    "open_clip": FromOpenClip,
+}
+
+
+def train_vocabulary(sentences: list[str], size: int, kind: str) -> str:
+    """Learn a small vocabulary from a corpus and return the JSON of a `tokenizer.json`.
+
+    Args:
+        sentences: the corpus.
+        size: largest number of tokens.
+        kind: `wordpiece` (as BERT and UNITER) or `bpe` (byte-level, knows every text).
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    if not any(sentence.strip() for sentence in sentences):
+        raise M3Error("the corpus holds no words; give text files with one sentence a line.")
+    if kind == "wordpiece":
+        tokenizer = Tokenizer(models.WordPiece(unk_token=UNKNOWN))
+        tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)  # type: ignore[assignment]
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+        tokenizer.decoder = decoders.WordPiece()  # type: ignore[assignment]
+        trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=[UNKNOWN], show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(sentences, trainer)
+    return tokenizer.to_str()

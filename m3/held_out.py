@@ -1,0 +1,77 @@
+"""Measures and pictures of the model on samples that it was never trained on, during a run and at its end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from m3.data.loader import Samples, first_batches
+from m3.data.source import Source
+from m3.evaluate.codebook import measure_codes
+from m3.evaluate.reconstruction import Average, Row, fit_averages, measure
+from m3.model import M3Model
+from m3.progress import HELD_OUT, Skipped, append
+from m3.recipe import Recipe
+from m3.show import preview
+
+BATCH = 32
+AVERAGED_SAMPLES = 512
+"""Training samples that the constant baselines are fitted on."""
+
+
+class HeldOut:
+    """The held-out samples of a run. Without any, nothing is measured and training samples are drawn."""
+
+    def __init__(
+        self, recipe: Recipe, model: M3Model, train: Samples, source: Source, skipped: Skipped, console: Console
+    ) -> None:
+        """Keep what every evaluation needs.
+
+        Args:
+            recipe: of the run.
+            model: the plain model.
+            train: training samples, for the baselines.
+            source: the held-out split.
+            skipped: counter of unreadable training samples.
+            console: where to say what is missing.
+        """
+        self.recipe, self.model, self.train, self.train_skipped = recipe, model, train, skipped
+        self.samples, self.skipped = train, skipped
+        self.averages: dict[str, Average] = {}
+        self.is_there = len(source) > 0
+        if self.is_there:
+            self.samples = Samples(source, model.modalities, recipe.data, recipe.seed)
+            self.skipped = Skipped(console, "held-out samples", len(source), recipe.data.max_unreadable)
+            return
+        why = "at most a tenth of the data is held out" if recipe.data.held_out else "data.held_out is 0"
+        console.print(
+            f"[yellow]no held-out samples[/] ({why}): nothing is measured, and the picture shows training samples",
+            soft_wrap=True,
+        )
+
+    def evaluate(self, step: int, picture: Path) -> list[Row]:
+        """Measure the recipe's tasks, append a line of metrics and draw the picture; runs in one process."""
+        run, spec, seed = self.recipe.folder, self.recipe.evaluate, self.recipe.seed
+        self.model.eval()
+        rows = []
+        if spec.tasks and self.is_there:
+            if not self.averages:
+                batches = first_batches(self.train, AVERAGED_SAMPLES, BATCH)
+                self.averages = fit_averages(self.model, map(self.train_skipped.count, batches))
+            batches = map(self.skipped.count, first_batches(self.samples, spec.samples, BATCH))
+            rows = measure(self.model, batches, spec.tasks, self.averages, seed)
+        if self.is_there:
+            rows += measure_codes(self.model, first_batches(self.samples, spec.samples, BATCH))
+        if rows:
+            line: dict[str, float] = {"step": step}
+            for row in rows:
+                line |= {f"{HELD_OUT}{row.task}": row.model, f"baseline/{row.task}": row.baseline}
+            append(run, line)
+        views = {"masked": None} | {
+            f"from {', '.join(task.visible)}": task.visible for task in spec.tasks.values() if task.visible
+        }
+        batch = self.skipped.count(next(first_batches(self.samples, spec.preview_rows, spec.preview_rows)))
+        preview(self.model, batch.to(self.model.device), views, picture, seed)
+        self.model.train()
+        return rows

@@ -1,0 +1,144 @@
+"""Boxes around things, as five value tokens each: left, top, right, bottom, class (4M, Mizrahi et al. 2023).
+
+Letters: B batch, n boxes, L = 5 n tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from PIL import ImageDraw
+from pydantic import Field, PositiveInt
+from torch import Tensor
+
+from m3.drawing import HIDDEN
+from m3.errors import M3Error
+from m3.plugins import Crop, File, Modality, Signal, Strict
+
+PIXELS = 64
+"""Height and width of a picture."""
+
+SMALLEST = 0.02
+"""Share of the picture's side below which what a crop leaves of a box is dropped."""
+
+
+class Boxes(Modality):
+    """Raw: float32 (n, 5), left, top, right, bottom as shares of the picture, class number. Normalised: int64 (B, L).
+
+    Token 5 i + a of box i holds a coordinate's bin plus a times the number of bins, so an id tells what it is
+    about; the classes follow behind the coordinates. -1 where there is no box.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: boxes`.
+
+        Attributes:
+            labels: names of the classes.
+            count: n that the model is built for; further boxes are left out.
+            bins: into which a coordinate is sorted (4M: 1000).
+        """
+
+        labels: tuple[str, ...] = Field(min_length=1)
+        count: PositiveInt = 8
+        bins: PositiveInt = 1000
+
+    extensions = (".json",)
+    measure = "mean IoU"
+    higher_is_better = True
+    padding = float("nan")
+
+    @property
+    def signal(self) -> Signal:
+        """Ids (B, L)."""
+        classes = 4 * self.spec.bins + len(self.spec.labels)
+        return Signal("classes", 1, (5 * self.spec.count,), classes, has_gaps=True)
+
+    def blank(self, count: int) -> Tensor:
+        """Return boxes of no extent, float32 (B, n, 5)."""
+        return torch.zeros(count, self.spec.count, 5)
+
+    def load(self, file: File) -> list[Any]:
+        """Read a JSON list of [label, left, top, right, bottom]."""
+        data = file.read_bytes() if isinstance(file, Path) else file.read()
+        return json.loads(data)
+
+    def to_raw(self, sample: Any) -> Tensor:
+        """Check a list of (label, left, top, right, bottom), shares in [0, 1] -> float32 (n, 5)."""
+        if not isinstance(sample, list | tuple):
+            raise M3Error(f"boxes must be a list of (label, left, top, right, bottom), got {type(sample).__name__}.")
+        rows = []
+        for entry in sample:
+            if not isinstance(entry, list | tuple) or len(entry) != 5 or entry[0] not in self.spec.labels:
+                raise M3Error(
+                    f"a box must be (label, left, top, right, bottom) with a label of {', '.join(self.spec.labels)}, "
+                    f"got {entry!r}."
+                )
+            x0, y0, x1, y1 = (float(v) for v in entry[1:])
+            if not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):
+                raise M3Error(f"a box must lie in [0, 1] with left <= right and top <= bottom, got {entry!r}.")
+            rows.append((x0, y0, x1, y1, float(self.spec.labels.index(entry[0]))))
+        if not rows:
+            raise M3Error("a sample has no boxes; leave the modality out of it.")
+        return torch.tensor(rows, dtype=torch.float32)[: self.spec.count]
+
+    def fit(self, raw: Tensor, crop: Crop) -> Tensor:
+        """Move the boxes along with the crop, cut them at its edge and drop those outside; mirror them."""
+        x = raw.clone()
+        if crop.box is not None:
+            top, left, height, width = crop.box
+            x[:, [0, 2]] = ((x[:, [0, 2]] - left) / width).clamp(0, 1)
+            x[:, [1, 3]] = ((x[:, [1, 3]] - top) / height).clamp(0, 1)
+            x = x[(x[:, 2] - x[:, 0] > SMALLEST) & (x[:, 3] - x[:, 1] > SMALLEST)]
+        if crop.is_flipped:
+            x[:, [0, 2]] = 1 - x[:, [2, 0]]
+        return x if len(x) else torch.full((1, 5), torch.nan)
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Turn (B, n, 5) into ids (B, L)."""
+        bins = (raw[..., :4] * self.spec.bins).floor().clamp(0, self.spec.bins - 1)
+        bins = bins + torch.arange(4, device=raw.device) * self.spec.bins
+        ids = torch.cat([bins, raw[..., 4:] + 4 * self.spec.bins], dim=-1)
+        return ids.nan_to_num(-1.0).long().flatten(1)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """Turn ids (..., L) into boxes float32 (..., n, 5), NaN where an id is not of the kind its place asks for."""
+        x = ids.unflatten(-1, (-1, 5)).float()
+        first = torch.arange(5, device=ids.device) * self.spec.bins
+        values = x - first
+        extent = torch.tensor([self.spec.bins] * 4 + [len(self.spec.labels)], device=ids.device)
+        values = values.masked_fill((values < 0) | (values >= extent), torch.nan)
+        return torch.cat([(values[..., :4] + 0.5) / self.spec.bins, values[..., 4:]], dim=-1)
+
+    def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
+        """Draw (L,) ids as frames, a colour for each class; boxes of which a token is hidden are left out."""
+        from matplotlib import colormaps
+
+        picture = PILImage.new("RGB", (PIXELS, PIXELS), (HIDDEN,) * 3 if is_known is not None else (255, 255, 255))
+        boxes = self.decode(signal.cpu())
+        if is_known is not None:
+            boxes[~is_known.cpu().unflatten(-1, (-1, 5)).all(-1)] = torch.nan
+        for x0, y0, x1, y1, label in boxes[~boxes.isnan().any(-1)].tolist():
+            colour = tuple(round(255 * c) for c in colormaps["tab10"](int(label) % 10)[:3])
+            corners = (min(x0, x1) * PIXELS, min(y0, y1) * PIXELS, max(x0, x1) * PIXELS, max(y0, y1) * PIXELS)
+            ImageDraw.Draw(picture).rectangle(corners, outline=colour, width=2)
+        return np.asarray(picture)
+
+    def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
+        """Add up intersection over union of boxes that are asked for, box by box in their order -> (2,)."""
+        own, theirs = self.decode(predicted), self.decode(truth)
+        counts = weight.bool().unflatten(-1, (-1, 5)).any(-1) & ~theirs.isnan().any(-1)
+        low, high = torch.maximum(own[..., :2], theirs[..., :2]), torch.minimum(own[..., 2:4], theirs[..., 2:4])
+        shared = (high - low).clamp(min=0).prod(-1)
+        areas = [(x[..., 2:4] - x[..., :2]).clamp(min=0).prod(-1) for x in (own, theirs)]
+        union = areas[0] + areas[1] - shared
+        overlap = (shared / union.clamp(min=1e-9)).nan_to_num(0.0)
+        return torch.stack([(overlap * counts).sum(), counts.sum()]).double()
+
+    def finish_score(self, sums: Tensor) -> float:
+        """Mean intersection over union, in [0, 1]."""
+        return float(sums[0] / sums[1])

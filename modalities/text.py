@@ -1,0 +1,110 @@
+"""Sentences, as ids of a vocabulary.
+
+Letters: B batch, L tokens, K entries of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image as PILImage
+from PIL import ImageDraw
+from pydantic import PositiveInt
+from torch import Tensor
+
+from m3.data.words import describe, open_vocabulary
+from m3.errors import M3Error
+from m3.plugins import Crop, File, Modality, Signal, Strict
+
+LINE, LINES, STEP = 24, 6, 12
+"""Letters of a line, lines, and pixels of a line in a picture."""
+
+
+class Text(Modality):
+    """Raw: int32 (L,) ids, as many as the sentence has. Normalised: int64 (B, L), -1 behind the end."""
+
+    class Spec(Strict):
+        """Settings of `type: text`.
+
+        Attributes:
+            vocabulary: a list of whole words; the path of a `tokenizer.json` (WordPiece, BPE, Unigram) or of a
+                sentencepiece `.model`; or `open_clip:` for CLIP's. A file's content goes into the config.
+            length: L that the model is built for; longer sentences are cut.
+        """
+
+        vocabulary: str | list[str]
+        length: PositiveInt = 64
+
+    extensions = (".txt",)
+    measure = "accuracy"
+    higher_is_better = True
+    padding = -1
+    is_inline = True
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.vocabulary = open_vocabulary(describe(spec.vocabulary))
+
+    @classmethod
+    def resolve(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Put the content of the vocabulary's file in the place of its path."""
+        return {**settings, "vocabulary": describe(settings["vocabulary"])}
+
+    @property
+    def signal(self) -> Signal:
+        """Ids (B, L)."""
+        return Signal("classes", 1, (self.spec.length,), self.vocabulary.size, has_gaps=True)
+
+    def blank(self, count: int) -> Tensor:
+        """Return sentences of the first word, int32 (B, L)."""
+        return torch.zeros(count, self.spec.length, dtype=torch.int32)
+
+    def load(self, file: File) -> str:
+        """Read a text file in UTF-8."""
+        data = file.read_bytes() if isinstance(file, Path) else file.read()
+        return data.decode("utf-8").strip()
+
+    def to_raw(self, sample: Any) -> Tensor:
+        """Read a sentence, or ids (L,) -> int32 (L,), cut to `length`."""
+        ids = np.asarray(self.vocabulary.encode(sample) if isinstance(sample, str) else sample)
+        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+            raise M3Error(f"a text must be a sentence or integer ids of shape (length,), got {type(sample).__name__}.")
+        if not ids.size:
+            raise M3Error("a text holds no words; leave the sample out.")
+        if ids.min() < 0 or ids.max() >= self.vocabulary.size:
+            raise M3Error(f"a text holds id {ids.max()}, but the vocabulary has {self.vocabulary.size} entries.")
+        return torch.from_numpy(ids[: self.spec.length].astype(np.int32))
+
+    def fit(self, raw: Tensor, crop: Crop) -> Tensor:
+        """Keep a sentence as it is."""
+        return raw
+
+    def normalise(self, raw: Tensor) -> Tensor:
+        """Turn ids (B, L) into int64."""
+        return raw.long()
+
+    def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
+        """Write (L,) ids out; hidden words are dots."""
+        ids = signal.cpu().tolist()
+        known = [True] * len(ids) if is_known is None else is_known.cpu().tolist()
+        words = [self.vocabulary.decode([i]).strip() if k else "..." for i, k in zip(ids, known, strict=True) if i >= 0]
+        lines = [""]
+        for word in words:
+            if lines[-1] and len(lines[-1]) + 1 + len(word) > LINE:
+                lines.append("")
+            lines[-1] = f"{lines[-1]} {word}".strip()
+        picture = PILImage.new("RGB", (LINE * 6 + 4, LINES * STEP + 4), "white")
+        ImageDraw.Draw(picture).multiline_text((2, 1), "\n".join(lines[:LINES]), fill="black", spacing=1)
+        return np.asarray(picture)
+
+    def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
+        """Count right words and words -> (2,)."""
+        counts = weight.bool() & (truth >= 0)
+        return torch.stack([((predicted == truth) & counts).sum(), counts.sum()]).double()
+
+    def finish_score(self, sums: Tensor) -> float:
+        """Share of words that are right, in [0, 1]."""
+        return float(sums[0] / sums[1])
