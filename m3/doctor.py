@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m3 import __version__
-from m3.plugins import HOMES, available, find
+from m3.parts import HOMES, available, find
 from m3.train import use_bf16
 
 REQUIRED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "pydantic", "numpy", "pillow")

@@ -19,7 +19,8 @@ from pydantic import Field, NonNegativeInt
 from torch import Tensor
 
 from m3.errors import M3Error, nearest
-from m3.plugins import Strict, View, build_spec
+from m3.parts import build_spec
+from m3.plugins import Strict, View
 from m3.random import Draws
 from m3.types import MaskPlan, Tokens, take
 

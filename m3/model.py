@@ -19,7 +19,8 @@ from m3 import masking
 from m3.backbone import Backbone, BackboneSpec
 from m3.config import M3Config
 from m3.errors import M3Error, explain, nearest, within
-from m3.plugins import Modality, Objective, Predictor, Tokenizer, View, build_spec
+from m3.parts import build_spec
+from m3.plugins import Modality, Objective, Predictor, Signal, Tokenizer, View
 from m3.positions import Rotary, build_positions
 from m3.random import Draws
 from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens, take
@@ -311,6 +312,10 @@ class M3Model(PreTrainedModel):
         if name not in batch.signals:
             return modality.signal.size
         return modality.signal.extent(modality.normalise(batch.signals[name][:1]))
+
+    def tokens_hold(self, name: str) -> Signal:
+        """Return what the tokens of a modality hold: its signal, or the classes that a codebook makes of it."""
+        return self._tokenizer(name).signal
 
     def blank_tokens(self, name: str, count: int) -> Tokens:
         """Return tokens of an absent modality: places without content, for decoders that predict it."""

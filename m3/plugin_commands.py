@@ -10,7 +10,8 @@ from string import Template
 from typing import Any
 
 from m3.errors import M3Error, nearest
-from m3.plugins import HOMES, Modality, available, build_spec, class_name, find
+from m3.parts import HOMES, available, build_spec, class_name, find
+from m3.plugins import Modality
 
 CHECKED = ("modalities", "tokenizers", "scorers", "targets", "positions")
 """Kinds that can be checked without a recipe."""

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from m3.errors import M3Error
 from m3.linear import Linear
-from m3.plugins import Strict, Tokenizer, build_spec
+from m3.parts import build_spec
+from m3.plugins import Strict, Tokenizer
 
 
 def sincos(positions: Tensor, width: int, temperature: float = 10000.0) -> Tensor:

@@ -22,7 +22,8 @@ from tqdm import tqdm
 from m3.data.loader import Loaded, collate
 from m3.data.source import Source, Split
 from m3.errors import M3Error
-from m3.plugins import Crop, find
+from m3.parts import find
+from m3.plugins import Crop
 from m3.recipe import Recipe
 from m3.tokenizer_model import M3Tokenizer, fingerprint
 

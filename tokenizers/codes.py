@@ -51,7 +51,7 @@ class Codes(Tokenizer):
                 f"the tokenizer in `{spec.path}` reads {described.modality.signal}, but the modality gives {signal}; "
                 f"give the modality the settings that the tokenizer was trained with."
             )
-        self.pinned = {"hash": found}  # type: ignore[misc]
+        self.pinned = {"hash": found}
         self.given = signal
         self.signal = Signal("classes", 1, described.grid, described.codes)
         self.reference, self.axes, self.output_width = described.grid, len(described.grid), described.codes

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 from m3.data.files import Member, Stored, encode
 from m3.errors import M3Error
-from m3.plugins import Modality, find
+from m3.parts import find
+from m3.plugins import Modality
 from m3.recipe import DataSpec
 
 Split = Literal["train", "held_out"]

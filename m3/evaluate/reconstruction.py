@@ -68,12 +68,12 @@ def fit_averages(model: M3Model, batches: Iterable[Batch]) -> dict[str, Average]
                 unknown = torch.nan if values.is_floating_point() else -1
                 values = values.masked_fill(~part.is_valid.unsqueeze(-1), unknown)
             found.setdefault(name, []).append(values)
-    return {name: _average(values, model.modalities[name]) for name, values in found.items()}
+    return {name: _average(values, model.tokens_hold(name), model.modalities[name]) for name, values in found.items()}
 
 
-def _average(batches: list[Tensor], modality: Modality) -> Average:
-    """Average token values (B, N, P), which may be of different N."""
-    signal, length = modality.signal, max(values.shape[1] for values in batches)
+def _average(batches: list[Tensor], signal: Signal, modality: Modality) -> Average:
+    """Average token values (B, N, P) that hold `signal`; batches may be of different N."""
+    length = max(values.shape[1] for values in batches)
     unknown = torch.nan if signal.kind == "values" else -1
     values = torch.cat([F.pad(x, (0, 0, 0, length - x.shape[1]), value=unknown) for x in batches])
     if signal.kind == "classes":
@@ -187,7 +187,7 @@ def _score(
     if task.baseline == "patch_mean":
         return _relative_errors(model, task.target, tokens, is_asked, result)
     if task.baseline == "neighbours":
-        guess = neighbours(model.tokenizers[name].signal, tokens, result.is_visible[name])
+        guess = neighbours(model.tokens_hold(name), tokens, result.is_visible[name])
     else:
         guess = constant(averages[name], task.baseline == "average_map", tokens)
     size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))

@@ -19,7 +19,8 @@ from m3.coders import Coder
 from m3.errors import M3Error
 from m3.linear import Linear
 from m3.objectives.reconstruct import check_loss, check_modality, elementwise_losses, reduce, value_weights
-from m3.plugins import Predictor, Strict, Tokenizer, View, build_spec
+from m3.parts import build_spec
+from m3.plugins import Predictor, Strict, Tokenizer, View
 from m3.quantize import Quantiser
 from m3.types import Encoded, Loss, MaskPlan, Part, Tokens, take
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, nearest, within
-from m3.plugins import Predictor, Strict, Tokenizer, View, build_spec
+from m3.parts import build_spec
+from m3.plugins import Predictor, Strict, Tokenizer, View
 from m3.points import chamfer
 from m3.types import Encoded, Loss, MaskPlan, Part, Tokens
 

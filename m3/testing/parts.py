@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from m3.plugins import Signal, Strict, Tokenizer, build_spec
+from m3.parts import build_spec
+from m3.plugins import Signal, Strict, Tokenizer
 from m3.positions import Rotary, grid
 from m3.random import Draws
 from m3.testing.claims import claim, copied, name_of, near, noise, same, seeded, without_gradient

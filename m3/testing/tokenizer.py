@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m3.plugins import Signal, Tokenizer, build_spec
+from m3.parts import build_spec
+from m3.plugins import Signal, Tokenizer
 from m3.testing.claims import attempt, claim, copied, name_of, near, noise, same, seeded, without_gradient
 from m3.types import Tokens
 

@@ -17,7 +17,7 @@ FILES = [path for path in FILES if not any(parent.is_symlink() for parent in pat
 ORDER = (
     {"errors"},
     {"types", "random", "linear", "drawing", "points", "samples", "codebook", "data.recording", "plugin_template"},
-    {"plugins"},
+    {"plugins", "parts"},
     {
         "positions",
         "attention",
@@ -190,7 +190,7 @@ def test_the_wheel_works_outside_the_checkout(tmp_path: Path) -> None:
     subprocess.run(build, check=True, capture_output=True, timeout=240)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     code = (
-        "import m3, pathlib; from m3.recipe import load_recipe; from m3.plugins import find; "
+        "import m3, pathlib; from m3.recipe import load_recipe; from m3.parts import find; "
         "assert 'site' in m3.__file__, m3.__file__; "
         "find('modalities', 'image'); find('tokenizers', 'class_patch'); print(load_recipe('quickstart').name)"
     )

@@ -14,7 +14,7 @@ USE = """
 import sys
 from pathlib import Path
 import m3, m3.tokenizers.patch, m3.modalities.image
-from m3.plugins import available
+from m3.parts import available
 from m3.recipe import find_recipe, load_recipe
 site = Path(sys.argv[1])
 for found in (m3.__file__, m3.tokenizers.patch.__file__, m3.modalities.image.__file__, find_recipe("quickstart")):

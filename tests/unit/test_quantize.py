@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from m3.codebook import codes_used
 from m3.errors import M3Error
-from m3.plugins import available, build_spec
+from m3.parts import available, build_spec
 from m3.quantize import Fsq, Vq
 
 ROOT = Path(__file__).parents[2]

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from m3.errors import M3Error
-from m3.plugins import Signal, find
+from m3.parts import find
+from m3.plugins import Signal
 from m3.tokenizers.class_patch import ClassPatch
 from m3.tokenizers.patch import Patch, grid_of, patchify, unpatchify
 

@@ -6,7 +6,8 @@ from m3.data.source import Sample, Source, Split
 from m3.data.world import WorldSource
 from m3.data.world.source import USUAL, Offer
 from m3.errors import M3Error
-from m3.plugins import Modality, type_name
+from m3.parts import type_name
+from m3.plugins import Modality
 from m3.recipe import DataSpec
 
 ENDLESS = 1_000_000
