@@ -7,6 +7,7 @@ import sys
 import warnings
 from pathlib import Path
 
+from m3 import plugin_commands
 from m3.data import commands as data_commands
 from m3.errors import M3Error
 
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe")
     command.add_argument("--per-shard", type=int, default=1000, help="samples in a shard (default 1000)")
     add("doctor", _doctor, "print versions, devices and which optional parts load", recipe=False)
+    plugin_commands.add_arguments(commands)
     return parser
 
 

@@ -211,7 +211,7 @@ def load_recipe(source: str | Path, overrides: list[str] | tuple[str, ...] = ())
         M3Error: no such recipe, unknown key, wrong type or contradiction, with file, key path and remedy.
     """
     path = find_recipe(source)
-    return recipe_from(_with_overrides(_read(path), overrides), path.name, default_name=path.stem)
+    return recipe_from(with_overrides(_read(path), overrides), path.name, default_name=path.stem)
 
 
 def recipe_from(settings: dict[str, Any], where: str, default_name: str = "run") -> Recipe:
@@ -273,7 +273,8 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return merge(parent, settings)
 
 
-def _with_overrides(settings: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+def with_overrides(settings: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """Put changes of the form `a.b=c`, with a value in YAML, over settings."""
     for override in overrides:
         path, sign, text = override.partition("=")
         if not sign or not path:

@@ -6,6 +6,8 @@ W width, h, w the teacher's grid.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,12 +38,12 @@ class Teacher(NamedTuple):
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the last layer's features (B, C, h, w) float32 of uint8 or float pixels (B, 3, H, W), 0 to 255."""
-        self.network.to(pixels.device)
+        # The network is shared by the whole process: working shapes out must not take its weights away.
+        network: Any = deepcopy(self.network).to("meta") if pixels.is_meta else self.network.to(pixels.device)
         shape = (1, 3, 1, 1)
         mean, std = (torch.tensor(v, device=pixels.device).view(shape) for v in (self.mean, self.std))
         x = (pixels.float() / 255 - mean) / std
-        network: Any = self.network
-        with torch.autocast(pixels.device.type, enabled=False):
+        with nullcontext() if pixels.is_meta else torch.autocast(pixels.device.type, enabled=False):
             if self.is_clip:
                 return network.forward_intermediates(
                     x, indices=1, normalize_intermediates=True, intermediates_only=True
@@ -66,7 +68,7 @@ def open_teacher(name: str, weights: str | None, size: tuple[int, int]) -> Teach
     library, _, model = name.partition(":")
     if library not in ("timm", "open_clip") or not model:
         raise M3Error(f"the teacher `{name}` must be written as timm:MODEL or open_clip:MODEL.")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         network, mean, std = (_timm if library == "timm" else _open_clip)(model, size)
     if weights is not None:

@@ -69,6 +69,8 @@ class Boxes(Modality):
 
     def to_raw(self, sample: Any) -> Tensor:
         """Check a list of (label, left, top, right, bottom), shares in [0, 1] -> float32 (n, 5)."""
+        if not isinstance(sample, list | tuple):
+            raise M3Error(f"boxes must be a list of (label, left, top, right, bottom), got {type(sample).__name__}.")
         rows = []
         for entry in sample:
             if not isinstance(entry, list | tuple) or len(entry) != 5 or entry[0] not in self.spec.labels:

@@ -18,6 +18,7 @@ from m3.drawing import hide
 from m3.errors import M3Error
 from m3.modalities.image import Image
 from m3.plugins import File, Signal
+from m3.samples import numbers
 
 SHOWN = 4
 """Frames in a picture."""
@@ -71,7 +72,7 @@ class Video(Image):
 
     def to_raw(self, sample: Any) -> Tensor:
         """Read a `Clip` or an array, uint8 (T, H, W, C) -> uint8 (C, T, H, W)."""
-        x = torch.as_tensor(np.asarray(sample.frames if isinstance(sample, Clip) else sample))
+        x = torch.as_tensor(numbers(sample.frames if isinstance(sample, Clip) else sample, "a video"))
         if x.dtype != torch.uint8 or x.ndim != 4 or x.shape[3] != self.spec.channels:
             raise M3Error(
                 f"a video must be uint8 (frames, height, width, {self.spec.channels}), got {x.dtype} of shape "

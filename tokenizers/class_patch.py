@@ -37,6 +37,10 @@ class ClassPatch(Tokenizer):
         super().__init__(spec, signal, width)
         if signal.kind != "classes":
             raise M3Error("tokenizer `class_patch` reads class maps, got values; use `patch` for values.")
+        if len(signal.size) != 2:
+            raise M3Error(
+                f"tokenizer `class_patch` reads maps over 2 axes, got {len(signal.size)}; use `embedding` for words."
+            )
         self.patch = pair(spec.size)
         self.reference = grid_of(signal.size, self.patch)
         self.value_width = self.patch[0] * self.patch[1]

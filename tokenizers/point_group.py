@@ -46,6 +46,8 @@ class PointGroup(Tokenizer):
         embed_width: tuple[PositiveInt, PositiveInt, PositiveInt] = (128, 256, 512)
         coordinates: Literal["relative", "absolute"] = "relative"
 
+    is_lossless = False  # groups overlap, and lack points that no group reaches
+
     def __init__(self, spec: Spec, signal: Signal, width: int) -> None:
         super().__init__(spec, signal, width)
         if signal.kind != "values" or len(signal.size) != 1 or signal.channels < 3:

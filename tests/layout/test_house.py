@@ -16,7 +16,7 @@ FILES = [path for path in FILES if not any(parent.is_symlink() for parent in pat
 # Lower stages first; a module may import only from its own line and the lines above.
 ORDER = (
     {"errors"},
-    {"types", "random", "linear", "drawing", "points", "samples", "codebook", "data.recording"},
+    {"types", "random", "linear", "drawing", "points", "samples", "codebook", "data.recording", "plugin_template"},
     {"plugins", "parts"},
     {
         "positions",
@@ -39,7 +39,7 @@ ORDER = (
     {"processor", "evaluate", "tokenizer_model"},
     {"show"},
     {"train", "held_out", "reconstruct", "tokenize_data"},
-    {"summary", "check", "doctor", "bench", "testing", "data.commands", "cli", "auto", "m3"},
+    {"summary", "check", "doctor", "bench", "testing", "plugin_commands", "data.commands", "cli", "auto", "m3"},
 )
 
 

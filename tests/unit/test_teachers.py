@@ -25,6 +25,16 @@ def test_features_are_timms_last_layer() -> None:
     torch.testing.assert_close(teacher(PIXELS), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_working_out_shapes_leaves_the_shared_network_its_weights() -> None:
+    """`m3 show` runs on the meta device; the teacher is one for the whole process."""
+    open_teacher.cache_clear()
+    with torch.device("meta"):
+        teacher = open_teacher(f"timm:{NAME}", None, (SIZE, SIZE))
+        assert teacher(torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)).shape == (2, 192, 2, 2)
+    expected = open_teacher.__wrapped__(f"timm:{NAME}", None, (SIZE, SIZE))(PIXELS)
+    assert torch.equal(teacher(PIXELS), expected)
+
+
 def test_every_vector_is_standardised() -> None:
     part = build_modalities({"f": {"type": "feature_map", "teacher": f"timm:{NAME}", "size": SIZE}})["f"]
     features = part.normalise(PIXELS)
