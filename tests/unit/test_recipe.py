@@ -69,7 +69,10 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
         ("modalities.image.type=lidar.Lidar", "^modalities.image.type: `lidar.Lidar` in `modalities` is not known"),
         ("modalities.image.type=7", "^modalities.image.type: "),
         ("modalities.image.tokenizer=patch", "^modalities.image.tokenizer: "),
-        ("modalities.image.type=null", "^modalities.image: there is no `type`; add one. Valid: `.*`depth`, `image`, "),
+        (
+            "modalities.image.type=null",
+            "^modalities.image: there is no `type`; add one. Valid: `.*`depth`, .*`image`, ",
+        ),
         ("modalities.image.tokenizer=null", "^modalities.image.tokenizer: this key is required; add it, e.g. "),
         ("objectives.reconstruct.decoder.heads=3", "divisi.*heads"),
         ("backbone={width: 2, heads: 1}", "width 2 is too small for sin-cos positions over 2 axes; use at least 4"),

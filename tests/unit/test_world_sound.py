@@ -186,7 +186,7 @@ class Part:
     """As much of a modality as the source of scenes looks at."""
 
     def __init__(self, *size: int) -> None:
-        self.signal = Signal("values", 1, size)
+        self.signal, self.reads = Signal("values", 1, size), ""
 
 
 class Video(Part): ...
