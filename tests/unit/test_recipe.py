@@ -71,7 +71,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
         ("modalities.image.tokenizer=patch", "^modalities.image.tokenizer: "),
         (
             "modalities.image.type=null",
-            "^modalities.image: there is no `type`; add one. Valid: `.*`depth`, .*`image`, ",
+            "^modalities.image: there is no `type`; add one. Valid: `.*`depth`.*`image`, ",
         ),
         ("modalities.image.tokenizer=null", "^modalities.image.tokenizer: this key is required; add it, e.g. "),
         ("objectives.reconstruct.decoder.heads=3", "divisi.*heads"),
