@@ -75,7 +75,8 @@ class Text(Modality):
         if not ids.size:
             raise M3Error("a text holds no words; leave the sample out.")
         if ids.min() < 0 or ids.max() >= self.vocabulary.size:
-            raise M3Error(f"a text holds id {ids.max()}, but the vocabulary has {self.vocabulary.size} entries.")
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise M3Error(f"a text holds id {wrong}, but the vocabulary has {self.vocabulary.size} entries.")
         return torch.from_numpy(ids[: self.spec.length].astype(np.int32))
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:

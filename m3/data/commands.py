@@ -144,9 +144,10 @@ def vocabulary_command(options: argparse.Namespace) -> None:
 
     sentences = []
     for name in options.files:
-        if not Path(name).is_file():
-            raise M3Error(f"there is no file {name}; give text files with one sentence a line.")
-        sentences += Path(name).read_text(encoding="utf-8").splitlines()
+        try:
+            sentences += Path(name).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise M3Error(f"{name} is no text in UTF-8 ({error}); give text files with one sentence a line.") from error
     content = train_vocabulary(sentences, options.size, options.kind)
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)

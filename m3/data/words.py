@@ -42,6 +42,8 @@ def describe(vocabulary: str | list[str]) -> str:
         M3Error: there is no such file, or it is of another kind.
     """
     if isinstance(vocabulary, list):
+        if several := next((word for word in vocabulary if len(word.split()) != 1), None):
+            raise M3Error(f"text.vocabulary: `{several}` is not one word; a list holds whole words without blanks.")
         return f"words:{' '.join(vocabulary)}"
     if vocabulary.partition(":")[0] in _KINDS:
         return vocabulary
@@ -62,10 +64,10 @@ def open_vocabulary(description: str) -> Vocabulary:
 
 
 class Words:
-    """A closed list of whole words, divided by blanks; id 0 is for all others."""
+    """A closed list of whole words, divided by blanks, small and capital letters alike; id 0 is for all others."""
 
     def __init__(self, content: str) -> None:
-        self.words = [UNKNOWN, *content.split()]
+        self.words = [UNKNOWN, *content.lower().split()]
         if len(set(self.words)) != len(self.words) or len(self.words) < 2:
             raise M3Error("text.vocabulary: the words must be at least one, and all different.")
         self.size = len(self.words)
@@ -92,7 +94,9 @@ class FromTokenizers:
             raise M3Error(f"text.vocabulary is no tokenizer.json that can be read: {error}.") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.size = self._tokenizer.get_vocab_size()
+        self.size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # numbers may be left out
+        if not self.size:
+            raise M3Error("text.vocabulary holds no tokens.")
 
     def encode(self, text: str) -> list[int]:
         """Turn a sentence into ids, without special tokens."""
