@@ -135,7 +135,9 @@ def stats_command(options: argparse.Namespace) -> None:
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         shown = [", ".join(f"{float(v):.5g}" for v in x.flatten()) for x in (mean, std)]
-        console.print(f"modalities.{name}: mean: [{shown[0]}], std: [{shown[1]}]", markup=False, soft_wrap=True)
+        if not isinstance(modalities[name].spec.mean, float):  # one number per channel
+            shown = [f"[{numbers}]" for numbers in shown]
+        console.print(f"modalities.{name}: mean: {shown[0]}, std: {shown[1]}", markup=False, soft_wrap=True)
 
 
 def vocabulary_command(options: argparse.Namespace) -> None:
