@@ -50,11 +50,20 @@ def describe(vocabulary: str | list[str]) -> str:
     path = Path(vocabulary).expanduser()
     if not path.is_file():
         raise M3Error(f"there is no vocabulary {vocabulary}; make one with `m3 data vocabulary`, or list the words.")
-    if path.suffix == ".json":
-        return f"tokenizers:{path.read_text(encoding='utf-8')}"
+    content = path.read_bytes()
+    if path.suffix == ".json" and _is_utf8(content):
+        return f"tokenizers:{content.decode()}"
     if path.suffix == ".model":
-        return f"sentencepiece:{base64.b64encode(path.read_bytes()).decode()}"
+        return f"sentencepiece:{base64.b64encode(content).decode()}"
     raise M3Error(f"{path} is no vocabulary that is known; give a tokenizer.json or a sentencepiece .model.")
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def open_vocabulary(description: str) -> Vocabulary:
@@ -119,7 +128,9 @@ class FromSentencepiece:
             self._processor = SentencePieceProcessor(model_proto=base64.b64decode(content, validate=True))
         except (binascii.Error, RuntimeError) as error:
             raise M3Error(f"text.vocabulary is no sentencepiece model that can be read: {error}.") from error
-        self.size = self._processor.get_piece_size()
+        self.size = self._processor.get_piece_size() if content else 0
+        if not self.size:
+            raise M3Error("text.vocabulary is no sentencepiece model that can be read: it is empty.")
 
     def encode(self, text: str) -> list[int]:
         """Turn a sentence into ids."""
