@@ -263,8 +263,8 @@ def test_padding_is_never_seen_and_never_a_target() -> None:
     """Whatever stands behind the end (here: nothing or a word) leaves states, loss and counts as they are."""
     model, processor = model_of_words()
     batch = processor(text=["a b c d e f g h", "a b", "c", "d e f"])
-    for seed in range(20):
-        prepared = model.prepare(batch, seed)
+    plans = [model.prepare(batch, seed) for seed in range(20)]
+    for prepared in plans:
         (plan,) = prepared.plans.values()
         is_valid = prepared.tokens["text"].is_valid
         assert is_valid is not None
@@ -276,10 +276,10 @@ def test_padding_is_never_seen_and_never_a_target() -> None:
         assert (seen + asked).tolist() == [8, 2, 1, 3]
         assert seen.tolist() == [4, 1, 1, 1]
         assert model.counts(prepared)["reconstruct/text"] == 4 + 1 + 0 + 2
-    before = model(prepared)
-    tokens = prepared.tokens["text"]
+    before = model(plans[0])
+    tokens = plans[0].tokens["text"]
     tokens.values[~tokens.is_valid] = 5  # type: ignore[index]
-    after = model(prepared)
+    after = model(plans[0])
     assert torch.equal(after.loss, before.loss)
 
 
