@@ -8,7 +8,7 @@ at step s needs to know nothing but s.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import torch
@@ -64,8 +64,17 @@ class Samples(Dataset[Loaded]):
         raise M3Error(f"{TRIES} samples in a row can't be read; the first: {skipped[0]}")
 
     def collate(self, samples: list[Loaded]) -> Batch:
-        """Make a batch of samples."""
-        return collate(samples, self.modalities)
+        """Make a batch with a place for every modality, also for one that all of them lack: so the network is the
+        same in every micro-batch and process.
+        """
+        batch = collate(samples, self.modalities)
+        signals, is_present = dict(batch.signals), dict(batch.is_present)
+        for name, part in self.modalities.items():
+            if name not in signals:
+                blank = part.blank(len(samples))
+                signals[name] = blank if part.padding is None else blank[:, :1]  # one step is a place, too
+                is_present[name] = torch.zeros(len(samples), dtype=torch.bool)
+        return replace(batch, signals=signals, is_present=is_present)
 
     def _read(self, number: int) -> Sample:
         """Read a sample, or take the last one again: repeated crops are decoded once."""
