@@ -20,7 +20,7 @@ OPTIONAL = {
     "timm": ("timm", "teachers, augmentation", "vision"),
     "open_clip": ("open-clip-torch", "CLIP teachers and text tokenizers", "vision"),
     "torchaudio": ("torchaudio", "audio", "audio"),
-    "decord": ("decord", "video files", "video"),
+    "av": ("av", "video files", "video"),
     "sentencepiece": ("sentencepiece", "sentencepiece vocabularies", "all"),
     "webdataset": ("webdataset", "tar shards", "all"),
     "tensorboard": ("tensorboard", "the default tracker", "all"),

@@ -133,7 +133,9 @@ class Dirichlet:
             1,
         )
         # Wanted tokens come first, in random order; then the others, in random order; padding last.
-        key = (~is_wanted).float() + draws.uniform("level", is_wanted.shape[1])
+        # Each modality draws for itself: how far another one is filled up must not change a sample's mask.
+        level = torch.cat([draws.uniform(f"level/{name}", count) for name, count in counts.items()], 1)
+        key = (~is_wanted).float() + level
         is_valid = _joined_validity(tokens)
         chosen = _rank(key, is_valid) < length
         if is_valid is not None:

@@ -148,6 +148,8 @@ class Rotary(nn.Module):
         """Return (1 or B, N, E / 2) radians for the pairs (i, i + E / 2) of a head; left-over pairs stay."""
         axes = positions.shape[-1]
         frequencies = head_width // 2 // axes
+        if head_width % 2:
+            raise M3Error(f"heads of width {head_width} can't be turned by rotary positions; choose an even width.")
         if not frequencies:
             raise M3Error(f"heads of width {head_width} are too narrow for rotary positions over {axes} axes.")
         flat = _angles(positions, frequencies, self.spec.temperature).flatten(-2).to(torch.float32)

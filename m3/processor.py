@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from transformers.processing_utils import ProcessorMixin
 
-from m3.data.loader import Loaded, collate
+from m3.data.loader import Loaded, collate, fit_together
 from m3.errors import M3Error, nearest
 from m3.model import Reconstruction, build_modalities
 from m3.plugins import Crop
@@ -62,7 +62,8 @@ class M3Processor(ProcessorMixin):
 
     def _load(self, given: dict[str, Any], key: int, name: str) -> Loaded:
         parts = {n: self._read(n, sample) for n, sample in given.items() if sample is not None}
-        signals = {n: self.parts[n].fit(self.parts[n].to_raw(part), Crop()) for n, part in parts.items()}
+        raw = {n: self.parts[n].to_raw(part) for n, part in parts.items()}
+        signals = fit_together(raw, self.parts, Crop())
         known = {n: self.parts[n].times(part) for n, part in parts.items()}
         return Loaded(signals, key, name, {n: times for n, times in known.items() if times is not None})
 

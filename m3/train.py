@@ -92,7 +92,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     check_tasks(raw_model, recipe.evaluate.tasks)
     source = open_source(recipe, raw_model, "train")
     samples = Samples(source, raw_model.modalities, recipe.data, recipe.seed)
-    plan = plan_run(spec, len(source), world)
+    plan = plan_run(spec, len(source) * recipe.data.repeats, world)  # an epoch is all samples in all their crops
     optimizer = make_optimizer(raw_model, spec)
     model, optimizer = accelerator.prepare(raw_model, optimizer)
     average = Average(raw_model, spec.ema) if spec.ema else None

@@ -46,7 +46,8 @@ class Batch:
         labels: label name -> (B,) int64, for probes; never seen by the model.
         ids: B names for messages.
         skipped: sentences about samples that could not be read and were replaced.
-        times: modality -> (B, T) float32 seconds of the steps of a recording, for modalities that know them.
+        times: modality -> (B, T) float32 seconds of the steps of a recording, for modalities that know them; NaN
+            in samples that don't.
     """
 
     signals: dict[str, Tensor]

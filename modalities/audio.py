@@ -63,16 +63,15 @@ class Audio(Modality):
 
     def cut(self, sample: Any, moment: float) -> Any:
         """Take as many samples as T frames need from a longer sound."""
-        if not isinstance(sample, Sound):
-            return sample
-        wanted = round(((self.spec.frames - 1) * SHIFT + WINDOW) * sample.rate)
-        first = round(moment * max(0, sample.samples.shape[-1] - wanted))
-        return Sound(sample.samples[..., first : first + wanted], sample.rate)
+        sound = self._sound(sample)
+        wanted = round(((self.spec.frames - 1) * SHIFT + WINDOW) * sound.rate)
+        first = round(moment * max(0, sound.samples.shape[-1] - wanted))
+        return Sound(sound.samples[..., first : first + wanted], sound.rate)
 
     def to_raw(self, sample: Any) -> Tensor:
         """Read a `Sound`, or samples (S,) or (C, S) at `rate` -> log-mel (at most T, C, F)."""
-        sound = sample if isinstance(sample, Sound) else Sound(np.asarray(sample), self.spec.rate)
-        samples = np.atleast_2d(sound.samples)
+        sound = self._sound(sample)
+        samples = sound.samples
         if samples.ndim != 2 or samples.dtype.kind != "f" or not samples.size:
             raise M3Error(
                 f"a sound must be float samples of shape (channels, samples), got {samples.dtype} of shape "
@@ -85,6 +84,11 @@ class Audio(Modality):
                 f"a sound has {len(samples)} channel(s), but `channels` is {self.spec.channels}; set it to 1."
             )
         return log_mel(Sound(samples, sound.rate), self.spec.rate, self.spec.bands)[: self.spec.frames]
+
+    def _sound(self, sample: Any) -> Sound:
+        """Take an array for a sound at `rate`; one channel may come without its axis."""
+        sound = sample if isinstance(sample, Sound) else Sound(np.asarray(sample), self.spec.rate)
+        return sound._replace(samples=np.atleast_2d(sound.samples))
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
         """Keep a spectrogram as it is: `cut` chose the part, and a picture's crop means nothing to it."""

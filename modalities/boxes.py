@@ -68,32 +68,34 @@ class Boxes(Modality):
         return json.loads(data)
 
     def to_raw(self, sample: Any) -> Tensor:
-        """Check a list of (label, left, top, right, bottom), shares in [0, 1] -> float32 (n, 5)."""
-        if not isinstance(sample, list | tuple):
-            raise M3Error(f"boxes must be a list of (label, left, top, right, bottom), got {type(sample).__name__}.")
-        rows = []
-        for entry in sample:
-            if not isinstance(entry, list | tuple) or len(entry) != 5 or entry[0] not in self.spec.labels:
-                raise M3Error(
-                    f"a box must be (label, left, top, right, bottom) with a label of {', '.join(self.spec.labels)}, "
-                    f"got {entry!r}."
-                )
-            x0, y0, x1, y1 = (float(v) for v in entry[1:])
-            if not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):
-                raise M3Error(f"a box must lie in [0, 1] with left <= right and top <= bottom, got {entry!r}.")
-            rows.append((x0, y0, x1, y1, float(self.spec.labels.index(entry[0]))))
-        if not rows:
-            raise M3Error("a sample has no boxes; leave the modality out of it.")
-        return torch.tensor(rows, dtype=torch.float32)[: self.spec.count]
+        """Check a list of (label, left, top, right, bottom), shares in [0, 1] -> float32 (boxes of the picture, 5)."""
+        if not isinstance(sample, list | tuple) or not sample:
+            raise M3Error(
+                f"boxes must be a list of at least one, got {_short(sample)}; a sample without any lacks the modality."
+            )
+        return torch.tensor([self._row(entry) for entry in sample], dtype=torch.float32)
+
+    def _row(self, entry: Any) -> tuple[float, ...]:
+        is_box = isinstance(entry, list | tuple) and len(entry) == 5 and entry[0] in self.spec.labels
+        if not is_box or not all(isinstance(edge, float | int) for edge in entry[1:]):
+            raise M3Error(
+                f"a box must be (label, left, top, right, bottom) with a label of {', '.join(self.spec.labels)} and "
+                f"numbers, got {_short(entry)}."
+            )
+        label, x0, y0, x1, y1 = entry
+        if not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):
+            raise M3Error(f"a box must lie in [0, 1] with left <= right and top <= bottom, got {_short(entry)}.")
+        return float(x0), float(y0), float(x1), float(y1), float(self.spec.labels.index(label))
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
-        """Move the boxes along with the crop, cut them at its edge and drop those outside; mirror them."""
+        """Move the boxes along with the crop, cut them at its edge, drop those outside, mirror the first `count`."""
         x = raw.clone()
         if crop.box is not None:
             top, left, height, width = crop.box
             x[:, [0, 2]] = ((x[:, [0, 2]] - left) / width).clamp(0, 1)
             x[:, [1, 3]] = ((x[:, [1, 3]] - top) / height).clamp(0, 1)
             x = x[(x[:, 2] - x[:, 0] > SMALLEST) & (x[:, 3] - x[:, 1] > SMALLEST)]
+        x = x[: self.spec.count]
         if crop.is_flipped:
             x[:, [0, 2]] = 1 - x[:, [2, 0]]
         return x if len(x) else torch.full((1, 5), torch.nan)
@@ -142,3 +144,9 @@ class Boxes(Modality):
     def finish_score(self, sums: Tensor) -> float:
         """Mean intersection over union, in [0, 1]."""
         return float(sums[0] / sums[1])
+
+
+def _short(value: Any) -> str:
+    """Return what a message shows of a value of any size."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."

@@ -63,12 +63,14 @@ class Normals(Modality):
         given = np.asarray(sample)
         if given.ndim != 3 or given.shape[2] != 3 or given.dtype.kind != "f":
             raise M3Error(f"normals must be floats of shape (height, width, 3), got {given.dtype} of {given.shape}.")
-        x = torch.from_numpy(given.astype(np.float32)).permute(2, 0, 1)
+        x = torch.from_numpy(given.astype(np.float64)).permute(2, 0, 1)
         length = x.norm(dim=0, keepdim=True)
-        is_hole = ~(length > 0.1)
+        is_hole = ~((length > 0.1) & length.isfinite())
         if is_hole.any() and not self.spec.has_holes:
-            raise M3Error("a normal map has zero or NaN vectors; set `has_holes: true` so that holes are known.")
-        return (x / length).masked_fill(is_hole, torch.nan).contiguous()
+            raise M3Error(
+                "a normal map has zero, NaN or infinite vectors; set `has_holes: true` so that holes are known."
+            )
+        return (x / length).masked_fill(is_hole, torch.nan).float().contiguous()
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
         """Crop and resize (nearest) to `size`; a mirrored map's vectors are mirrored too."""

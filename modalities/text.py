@@ -65,17 +65,23 @@ class Text(Modality):
     def load(self, file: File) -> str:
         """Read a text file in UTF-8."""
         data = file.read_bytes() if isinstance(file, Path) else file.read()
-        return data.decode("utf-8").strip()
+        try:
+            return data.decode("utf-8").strip()
+        except UnicodeDecodeError as error:
+            raise M3Error(f"a text must be in UTF-8, but its byte {error.start} is not.") from error
 
     def to_raw(self, sample: Any) -> Tensor:
         """Read a sentence, or ids (L,) -> int32 (L,), cut to `length`."""
         ids = np.asarray(self.vocabulary.encode(sample) if isinstance(sample, str) else sample)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            raise M3Error(f"a text must be a sentence or integer ids of shape (length,), got {type(sample).__name__}.")
+            raise M3Error(
+                f"a text must be a sentence or integer ids of shape (length,), got {ids.dtype} of shape {ids.shape}."
+            )
         if not ids.size:
             raise M3Error("a text holds no words; leave the sample out.")
         if ids.min() < 0 or ids.max() >= self.vocabulary.size:
-            raise M3Error(f"a text holds id {ids.max()}, but the vocabulary has {self.vocabulary.size} entries.")
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            raise M3Error(f"a text holds id {wrong}, but the vocabulary has {self.vocabulary.size} entries.")
         return torch.from_numpy(ids[: self.spec.length].astype(np.int32))
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:

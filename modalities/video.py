@@ -51,17 +51,20 @@ class Video(Image):
         return torch.zeros(count, self.spec.channels, self.spec.frames, *self.size, dtype=torch.uint8)
 
     def load(self, file: File) -> Any:
-        """Open a video; `cut` decodes the frames that are needed, and only those."""
+        """Find the frames of a video; `cut` decodes those that are needed, and only those."""
         return open_video(file)
 
     def cut(self, sample: Any, moment: float) -> Any:
-        """Choose T frames of an open video or of a longer clip; the last one is repeated where there are too few."""
+        """Choose T frames of a video or of a longer clip; the last one is repeated where there are too few."""
         if isinstance(sample, VideoFile):
             return sample.read(frame_numbers(sample.count, self.spec.frames, self.spec.stride, moment))
-        if isinstance(sample, Clip) and len(sample.frames) != self.spec.frames:
-            index = frame_numbers(len(sample.frames), self.spec.frames, self.spec.stride, moment)
-            return Clip(sample.frames[index], None if sample.times is None else sample.times[index])
-        return sample
+        clip = sample if isinstance(sample, Clip) else Clip(np.asarray(sample))
+        if clip.frames.ndim != 4 or not len(clip.frames):
+            raise M3Error(f"a video must have shape (frames, height, width, channels), got {clip.frames.shape}.")
+        if len(clip.frames) == self.spec.frames:
+            return clip
+        index = frame_numbers(len(clip.frames), self.spec.frames, self.spec.stride, moment)
+        return Clip(clip.frames[index], None if clip.times is None else clip.times[index])
 
     def times(self, sample: Any) -> Tensor | None:
         """Return seconds (T,) from the clip's first frame."""

@@ -58,7 +58,9 @@ class Tube(Tokenizer):
             middle = times.float().unflatten(1, (t, -1)).mean(2) * self.spec.fps  # in frames
             tubes = (middle - (self.tube[0] - 1) / 2) / self.tube[0]
             positions = positions.repeat(len(signal), 1, 1)
-            positions[..., 0] = tubes.repeat_interleave(h * w, dim=1)
+            tubes = tubes.repeat_interleave(h * w, dim=1)
+            # A clip that doesn't know its times, in a batch with others that do, has its tubes' numbers.
+            positions[..., 0] = tubes.where(tubes.isfinite(), positions[..., 0])
         return Tokens(values, positions)
 
     def embed(self, values: Tensor) -> Tensor:

@@ -135,7 +135,9 @@ def stats_command(options: argparse.Namespace) -> None:
         mean = total / count
         std = (squares / count - mean.square()).clamp(min=0).sqrt()
         shown = [", ".join(f"{float(v):.5g}" for v in x.flatten()) for x in (mean, std)]
-        console.print(f"modalities.{name}: mean: [{shown[0]}], std: [{shown[1]}]", markup=False, soft_wrap=True)
+        if not isinstance(modalities[name].spec.mean, float):  # one number per channel
+            shown = [f"[{numbers}]" for numbers in shown]
+        console.print(f"modalities.{name}: mean: {shown[0]}, std: {shown[1]}", markup=False, soft_wrap=True)
 
 
 def vocabulary_command(options: argparse.Namespace) -> None:
@@ -144,9 +146,10 @@ def vocabulary_command(options: argparse.Namespace) -> None:
 
     sentences = []
     for name in options.files:
-        if not Path(name).is_file():
-            raise M3Error(f"there is no file {name}; give text files with one sentence a line.")
-        sentences += Path(name).read_text(encoding="utf-8").splitlines()
+        try:
+            sentences += Path(name).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise M3Error(f"{name} is no text in UTF-8 ({error}); give text files with one sentence a line.") from error
     content = train_vocabulary(sentences, options.size, options.kind)
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)

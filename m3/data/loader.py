@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from m3.data.geometry import random_crop
 from m3.data.source import Sample, Source
-from m3.errors import M3Error
+from m3.errors import M3Error, nearest
 from m3.plugins import Crop, Modality
 from m3.random import stream_number
 from m3.recipe import DataSpec
@@ -46,6 +46,9 @@ class Samples(Dataset[Loaded]):
     def __init__(self, source: Source, modalities: dict[str, Modality], spec: DataSpec, seed: int) -> None:
         if not len(source):
             raise M3Error(f"data: the source `{spec.source}` has no samples for `{source.split}`; add data.")
+        for name in spec.drop if isinstance(spec.drop, dict) else ():
+            if name not in modalities:
+                raise M3Error(f"data.drop names `{name}`, which is no modality.{nearest(name, modalities)}")
         self.source, self.modalities, self.spec, self.seed = source, modalities, spec, seed
         self._last: tuple[int, Sample] | None = None
 
@@ -102,7 +105,7 @@ class Samples(Dataset[Loaded]):
         crop = self._crop(raw, draws.getrandbits(63)) if is_training else Crop()
         known = {name: self.modalities[name].times(part) for name, part in parts.items()}
         return Loaded(
-            {name: self.modalities[name].fit(x, crop) for name, x in raw.items()},
+            fit_together(raw, self.modalities, crop),
             position,
             sample.id,
             {name: times for name, times in known.items() if times is not None},
@@ -117,6 +120,21 @@ class Samples(Dataset[Loaded]):
             return Crop()
         height, width = maps[0].shape[-2:]
         return random_crop(key, self.spec.crop, self.spec.flip, (height, width))
+
+
+def fit_together(raw: dict[str, Tensor], modalities: dict[str, Modality], crop: Crop) -> dict[str, Tensor]:
+    """Bring all signals of a sample to the sizes the model reads.
+
+    Without a box, every map shows its largest centred part. What lies on a map but is none (boxes) can't know
+    which part that is, so it is told the one of the first map.
+    """
+    maps = [name for name in raw if modalities[name].is_map]
+    shown = crop
+    if maps and crop.box is None:
+        (height, width), size = raw[maps[0]].shape[-2:], modalities[maps[0]].signal.size[-2:]
+        box = crop.window(height, width, (size[0], size[1]))
+        shown = crop if min(box[2:]) > 1 - 1e-6 else Crop(box, crop.is_flipped)
+    return {name: modalities[name].fit(x, crop if name in maps else shown) for name, x in raw.items()}
 
 
 def _keep_some(names: list[str], drop: float | dict[str, float], draws: Random) -> list[str]:
@@ -142,7 +160,7 @@ def collate(samples: list[Loaded], modalities: dict[str, Modality], always: tupl
         seconds = [s.times.get(name) for s in samples]
         filling = next((t for t in seconds if t is not None), None)
         if filling is not None:
-            times[name] = torch.stack([filling if t is None else t for t in seconds])
+            times[name] = torch.stack([torch.full_like(filling, torch.nan) if t is None else t for t in seconds])
     kinds = dict.fromkeys(key for sample in samples for key in sample.labels)
     labels = {key: torch.tensor([s.labels.get(key, -1) for s in samples]) for key in kinds}
     return Batch(

@@ -5,54 +5,72 @@ Letters: C channels, S samples, T frames of a spectrogram, F mel bands.
 
 from __future__ import annotations
 
-import importlib.util
+from fractions import Fraction
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from m3.data.recording import Sound
+from m3.data.video import container
 from m3.errors import M3Error
 from m3.plugins import File, ending
 
 SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3")
 VIDEO_FILES = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+BLOCK = 2**16
+"""Samples of each channel that are read at once."""
+RATES = (1000, 768_000)
+"""Samples per second, the lowest and the highest that are believed."""
 
 
 def read_sound(file: File) -> Sound:
-    """Read a sound file with libsndfile, or the sound track of a video with decord.
+    """Read a sound file with libsndfile, or the sound track of a video with PyAV.
 
     Raises:
         M3Error: a library is missing, or there is no sound.
     """
-    name = getattr(file, "name", file)
-    if ending(file) in VIDEO_FILES:
-        return _sound_track(file)
-    if importlib.util.find_spec("soundfile") is None:
-        raise M3Error("reading sound needs soundfile; run `pip install 'm3-multimodal[audio]'`.")
-    import soundfile
+    sound = _sound_track(file) if ending(file) in VIDEO_FILES else _sound_file(file)
+    if not sound.samples.size:
+        raise M3Error(f"{file.name} holds no sound; leave it out.")
+    return sound
 
+
+def _sound_file(file: File) -> Sound:
     try:
-        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
-    except (RuntimeError, OSError, TypeError) as error:  # libsndfile's own errors are RuntimeErrors
-        raise M3Error(f"{name} is no readable sound: {str(error).strip()}") from error
-    if not len(samples):
-        raise M3Error(f"{name} holds no sound; leave it out.")
-    return Sound(samples.T, int(rate))
+        import soundfile
+    except ImportError as error:
+        raise M3Error(f"reading sound needs soundfile ({error}); run `pip install 'm3-multimodal[audio]'`.") from error
+    blocks = []
+    try:
+        with soundfile.SoundFile(file) as opened:
+            rate = int(opened.samplerate)
+            # In pieces: a damaged header may claim any length, and one reading would make room for it.
+            while len(block := opened.read(BLOCK, dtype="float32", always_2d=True)):
+                blocks.append(block)
+            missing = opened.frames - sum(len(block) for block in blocks)
+    except (RuntimeError, TypeError) as error:  # libsndfile's own errors are RuntimeErrors
+        raise M3Error(f"{file.name} is no readable sound: {_reason(error)}.") from error
+    if missing > 0:
+        raise M3Error(f"{file.name} breaks off {missing / rate:.3g} s before its end; leave it out.")
+    return Sound(np.concatenate(blocks).T if blocks else np.empty((1, 0), np.float32), rate)
+
+
+def _reason(error: Exception) -> str:
+    """Return what libsndfile says, without the name of the file in front."""
+    return str(error).rpartition(": ")[2].strip().rstrip(".")
 
 
 def _sound_track(file: File) -> Sound:
-    if importlib.util.find_spec("decord") is None:
-        raise M3Error("reading the sound track of a video needs decord; run `pip install 'm3-multimodal[video]'`.")
-    import decord
+    with container(file) as opened:
+        if not opened.streams.audio:
+            raise M3Error(f"{file.name} has no sound track; leave it out.")
+        from av import AudioResampler
 
-    name = getattr(file, "name", file)
-    try:
-        reader = decord.AudioReader(file if hasattr(file, "read") else str(file))
-        samples, rate = reader._array, round(reader.shape[1] / reader.duration())
-    except Exception as error:  # decord raises its own, undocumented classes
-        raise M3Error(f"{name} has no readable sound track: {str(error).strip().partition(chr(10))[0]}.") from error
-    return Sound(np.asarray(samples, np.float32), rate)
+        stream = opened.streams.audio[0]
+        convert = AudioResampler(format="fltp", layout=stream.layout, rate=stream.rate)
+        blocks = [block.to_ndarray() for frame in opened.decode(stream) for block in convert.resample(frame)]
+        return Sound(np.concatenate(blocks, 1) if blocks else np.empty((1, 0), np.float32), int(stream.rate))
 
 
 def log_mel(sound: Sound, rate: int, bands: int) -> Tensor:
@@ -67,7 +85,7 @@ def log_mel(sound: Sound, rate: int, bands: int) -> Tensor:
         bands: F.
 
     Raises:
-        M3Error: NaN in the sound, or less than one window of it.
+        M3Error: NaN in the sound, less than one window of it, or a rate that no recording has.
     """
     try:
         from torchaudio.compliance.kaldi import fbank
@@ -77,8 +95,13 @@ def log_mel(sound: Sound, rate: int, bands: int) -> Tensor:
     samples = torch.as_tensor(np.ascontiguousarray(sound.samples), dtype=torch.float32)
     if not samples.isfinite().all():
         raise M3Error("a sound holds NaN or infinite samples; repair it or leave it out.")
+    if not RATES[0] <= sound.rate <= RATES[1]:
+        raise M3Error(f"a sound claims {sound.rate} samples per second; correct its header or leave it out.")
     if sound.rate != rate:
-        samples = resample(samples, sound.rate, rate)
+        # A ratio of small numbers: the filter has as many taps as the product of both, which is no limit at all
+        # for a rate like 44,101. The pitch is off by less than a millionth then, and not at all for usual rates.
+        ratio = Fraction(sound.rate, rate).limit_denominator(1000)
+        samples = resample(samples, ratio.numerator, ratio.denominator)
     if samples.shape[1] < rate * 25 // 1000:
         raise M3Error(f"a sound of {samples.shape[1]} samples at {rate} Hz is shorter than one window of 25 ms.")
     samples = samples - samples.mean(1, keepdim=True)

@@ -42,17 +42,28 @@ def describe(vocabulary: str | list[str]) -> str:
         M3Error: there is no such file, or it is of another kind.
     """
     if isinstance(vocabulary, list):
+        if several := next((word for word in vocabulary if len(word.split()) != 1), None):
+            raise M3Error(f"text.vocabulary: `{several}` is not one word; a list holds whole words without blanks.")
         return f"words:{' '.join(vocabulary)}"
     if vocabulary.partition(":")[0] in _KINDS:
         return vocabulary
     path = Path(vocabulary).expanduser()
     if not path.is_file():
         raise M3Error(f"there is no vocabulary {vocabulary}; make one with `m3 data vocabulary`, or list the words.")
-    if path.suffix == ".json":
-        return f"tokenizers:{path.read_text(encoding='utf-8')}"
+    content = path.read_bytes()
+    if path.suffix == ".json" and _is_utf8(content):
+        return f"tokenizers:{content.decode()}"
     if path.suffix == ".model":
-        return f"sentencepiece:{base64.b64encode(path.read_bytes()).decode()}"
+        return f"sentencepiece:{base64.b64encode(content).decode()}"
     raise M3Error(f"{path} is no vocabulary that is known; give a tokenizer.json or a sentencepiece .model.")
+
+
+def _is_utf8(content: bytes) -> bool:
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def open_vocabulary(description: str) -> Vocabulary:
@@ -62,10 +73,10 @@ def open_vocabulary(description: str) -> Vocabulary:
 
 
 class Words:
-    """A closed list of whole words, divided by blanks; id 0 is for all others."""
+    """A closed list of whole words, divided by blanks, small and capital letters alike; id 0 is for all others."""
 
     def __init__(self, content: str) -> None:
-        self.words = [UNKNOWN, *content.split()]
+        self.words = [UNKNOWN, *content.lower().split()]
         if len(set(self.words)) != len(self.words) or len(self.words) < 2:
             raise M3Error("text.vocabulary: the words must be at least one, and all different.")
         self.size = len(self.words)
@@ -92,7 +103,9 @@ class FromTokenizers:
             raise M3Error(f"text.vocabulary is no tokenizer.json that can be read: {error}.") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
-        self.size = self._tokenizer.get_vocab_size()
+        self.size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # numbers may be left out
+        if not self.size:
+            raise M3Error("text.vocabulary holds no tokens.")
 
     def encode(self, text: str) -> list[int]:
         """Turn a sentence into ids, without special tokens."""
@@ -115,7 +128,9 @@ class FromSentencepiece:
             self._processor = SentencePieceProcessor(model_proto=base64.b64decode(content, validate=True))
         except (binascii.Error, RuntimeError) as error:
             raise M3Error(f"text.vocabulary is no sentencepiece model that can be read: {error}.") from error
-        self.size = self._processor.get_piece_size()
+        self.size = self._processor.get_piece_size() if content else 0
+        if not self.size:
+            raise M3Error("text.vocabulary is no sentencepiece model that can be read: it is empty.")
 
     def encode(self, text: str) -> list[int]:
         """Turn a sentence into ids."""

@@ -138,7 +138,7 @@ def test_hugging_faces_tokenizers_is_not_shadowed(launcher: str, tmp_path: Path)
 
 
 def test_importing_m3_is_light() -> None:
-    heavy = ("torchvision", "torchaudio", "timm", "open_clip", "decord")
+    heavy = ("torchvision", "torchaudio", "timm", "open_clip", "av")
     code = f"import m3, sys; print([x for x in {heavy} if x in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr[-2000:]
