@@ -14,7 +14,7 @@ from m3.data.loader import Samples, first_batches
 from m3.model import M3Model
 from m3.recipe import PACKAGED, dump_recipe, load_recipe
 from m3.summary import cost, meta_model
-from m3.train import build_model, open_source, train
+from m3.train import build_model, model_config, open_source, train
 
 RECIPES = sorted(path.stem for path in PACKAGED.glob("*.yaml"))
 
@@ -53,7 +53,7 @@ def test_recipe_trains_saves_reloads_and_resumes(name: str, tmp_path: Path) -> N
     assert [line["step"] for line in losses] == [1, 2, 3]
     assert (run / "preview.png").stat().st_size > 1000
     final = load_file(run / "model" / "model.safetensors")
-    assert M3Model.from_pretrained(run / "model").config.modalities == recipe.modalities
+    assert M3Model.from_pretrained(run / "model").config.modalities == model_config(recipe).modalities
 
     shutil.rmtree(newest(run))
     train(recipe, resume=True)
