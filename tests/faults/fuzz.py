@@ -146,12 +146,10 @@ def claims(ending: str, whole: bytes) -> list[bytes]:
     if ending == ".flac":
         return [whole[:21] + bytes([whole[21] | 15]) + b"\xff\xff\xff\xff" + whole[26:]]
     if ending in (".mp4", ".avi", ".mkv", ".webm"):
-        size = {".mp4": struct.pack(">HH", 32, 32), ".avi": struct.pack("<II", 32, 32)}.get(
-            ending, b"\xb0\x81\x20\xba\x81\x20"
-        )
-        huge = {".mp4": struct.pack(">HH", 65535, 65535), ".avi": struct.pack("<II", 2**30, 2**30)}
+        form = {".mp4": ">HH", ".avi": "<II"}.get(ending, ">BB")
+        most = 2 ** (4 * struct.calcsize(form) - 1) - 1
         many = whole.replace(b"stsz" + bytes(8), b"stsz" + bytes(4) + big)
-        return [whole.replace(size, huge.get(ending, b"\xb0\x81\xff\xba\x81\xff")), many]
+        return [whole.replace(struct.pack(form, 32, 32), struct.pack(form, most, most)), many]
     if ending == ".ply":
         return [whole.replace(b"vertex 40", b"vertex 40000000000")]
     if ending == ".json":
