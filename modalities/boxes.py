@@ -148,5 +148,5 @@ class Boxes(Modality):
 
 def _short(value: Any) -> str:
     """Return what a message shows of a value of any size."""
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 80 else f"{text[:80]}..."

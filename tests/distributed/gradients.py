@@ -1,6 +1,6 @@
-"""Run under `accelerate launch`: gradients of one global batch of 8, however it is cut; written by the main process.
+"""Run under torchrun: gradients of one global batch of 8, however it is cut; written by the main process.
 
-python gradients.py OUT MICRO_BATCH
+python gradients.py OUT MICRO_BATCH PROCESSES
 """
 
 import sys
@@ -16,10 +16,11 @@ from m3.train import build_model, gradients, open_source
 GLOBAL = 8
 
 
-def main(out: str, micro: int) -> None:
+def main(out: str, micro: int, processes: int) -> None:
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
     world, rank = accelerator.num_processes, accelerator.process_index
+    assert world == processes, f"{world} processes run instead of {processes}"
     recipe = load_recipe(
         "multimae_tiny", ["data.samples=40", "backbone.width=64", "backbone.heads=4", "backbone.depth=2"]
     )
@@ -38,4 +39,4 @@ def main(out: str, micro: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

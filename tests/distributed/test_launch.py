@@ -15,12 +15,15 @@ SMALL += ["train.precision=fp32", "train.ema=0.9", "evaluate.every=2", "evaluate
 
 
 def launch(out: Path, processes: int) -> list[dict]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    if processes > 1:  # without GPUs accelerate's launcher starts one process only
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     command += ["-m", "m3.train", "multimae_tiny", f"out={out}", *SMALL]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"({processes} process(es) x" in " ".join(done.stdout.split())
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 

@@ -14,11 +14,15 @@ ROOT = SCRIPT.parents[2]
 
 
 def launch(out: Path, processes: int, micro: int) -> dict[str, torch.Tensor]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
-    command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # `accelerate launch --cpu --num_processes 2` starts one process only; torchrun starts as many as it is told.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, str(SCRIPT), str(out), str(micro)], env=environment, capture_output=True, text=True, timeout=300
+        [*command, str(SCRIPT), str(out), str(micro), str(processes)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out)

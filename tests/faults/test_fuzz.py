@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from m3.plugins import available
+from m3.parts import available, find
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
 NAMES = ("image", "depth", "semantic_map", "normals", "boxes", "text", "points", "audio", "video")
@@ -34,7 +34,8 @@ def results() -> dict[str, dict[str, Any]]:
 
 
 def test_every_modality_is_fuzzed() -> None:
-    assert set(available("modalities")) == set(NAMES)
+    own = {name for name in available("modalities") if not find("modalities", name).reads}  # the others read its files
+    assert own == set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
