@@ -1,5 +1,6 @@
 """Videos: which frames, files of every kind through the public path, times as positions, damaged files."""
 
+import importlib.util
 import io
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ from m3.data.files import Member
 from m3.data.loader import Samples, first_batches
 from m3.data.recording import Clip
 from m3.data.source import open_source
-from m3.data.video import VideoFile, open_video
+from m3.data.video import DecordFile, VideoFile, open_video
 from m3.errors import M3Error
 from m3.modalities.video import Video, frame_numbers
 from m3.model import build_modalities
@@ -362,3 +363,19 @@ def test_blanks_and_batches_look_like_what_fit_returns() -> None:
     assert part.blank(2).shape == (2, *fitted.shape)
     assert part.blank(2).dtype == fitted.dtype
     assert part.signal.extent(part.normalise(part.blank(2))) == part.signal.size == (4, 48, 64)
+
+
+def test_decord_reads_the_same_frames_where_it_is_the_only_one(grey: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("decord", reason="the second backend is not installed")
+    index = np.array([0, 3, 17])
+    expected = open_video(grey).read(index)
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else found(name))
+    opened = open_video(grey)
+    assert isinstance(opened, DecordFile)
+    assert opened.count == 30
+    clip = opened.read(index)
+    assert np.abs(clip.frames.astype(int) - expected.frames.astype(int)).max() <= 1
+    np.testing.assert_allclose(clip.times, expected.times, atol=1e-4)
+    with pytest.raises(M3Error, match="cut off, damaged or no video"):
+        open_video(Member(b"no video at all", "a.mp4"))
