@@ -17,8 +17,8 @@ from m3.types import Batch
 
 BASELINES = {
     "neighbours": "neighbours: mean of the visible patches around a hidden one",
-    "constant": "constant: the training mean, or the most frequent class",
-    "average_map": "average map: the training mean or most frequent class of each position",
+    "constant": "constant: the training mean, median or most frequent class",
+    "average_map": "average map: the training mean, median or most frequent class of each place",
     "patch_mean": "patch mean: the hidden patch's own mean",
     "one_code": "one code: a collapsed codebook that says the same of everything",
 }
