@@ -46,7 +46,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
     add("show", _show, "print the resolved recipe, parameters, tokens, FLOPs and memory")
     add("check", _check, "build a recipe tiny, run three steps, save and reload")
-    command = add("bench", _bench, "measure training speed, utilisation and memory")
+    command = add("bench", _bench, "measure training speed, utilisation and memory; `m3 bench data RECIPE`: reading")
+    command.add_argument("--samples", type=int, default=512, help="with `data`: samples that are read (default 512)")
     command.add_argument("--against", choices=["transformers"], help="measure this peer in the same run")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--steps", type=int, default=5, help="timed steps, the median counts (default 5)")
@@ -92,8 +93,14 @@ def _check(options: argparse.Namespace) -> None:
 
 def _bench(options: argparse.Namespace) -> None:
     from m3.bench import bench
+    from m3.bench_data import bench_data
     from m3.recipe import load_recipe
 
+    if options.recipe == "data":
+        if not options.overrides:
+            raise M3Error("bench data: name the recipe whose data are to be read, e.g. m3 bench data mae_tiny.")
+        bench_data(load_recipe(options.overrides[0], options.overrides[1:]), options.samples, options.json)
+        return
     bench(load_recipe(options.recipe, options.overrides), options.against, options.json, options.steps, options.rounds)
 
 

@@ -61,7 +61,7 @@ class Samples(Dataset[Loaded]):
         for shift in range(count):
             number = (index + shift) % len(self.source)
             try:
-                return self._load(self._read(number), position, tuple(skipped))
+                return self.fit(self._read(number), position, tuple(skipped))
             except Exception as error:  # whatever a broken file raises; it is counted, named and limited
                 skipped.append(f"{self.source.name(number)}: {error}")
                 reasons.add(str(error) if isinstance(error, M3Error) else None)
@@ -91,7 +91,8 @@ class Samples(Dataset[Loaded]):
             self._last = (number, self.source.read(number))
         return self._last[1]
 
-    def _load(self, sample: Sample, position: int, skipped: tuple[str, ...]) -> Loaded:
+    def fit(self, sample: Sample, position: int, skipped: tuple[str, ...] = ()) -> Loaded:
+        """Cut, check, crop and resize the signals of a sample, as its position in the run decides."""
         draws = Random(stream_number(f"crop/{self.seed}/{position}"))
         is_training = self.source.split == "train"
         there = [name for name in self.modalities if name in sample.signals]

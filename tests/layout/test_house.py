@@ -39,7 +39,19 @@ ORDER = (
     {"processor", "evaluate", "tokenizer_model"},
     {"show"},
     {"train", "held_out", "reconstruct", "tokenize_data"},
-    {"summary", "check", "doctor", "bench", "testing", "plugin_commands", "data.commands", "cli", "auto", "m3"},
+    {
+        "summary",
+        "check",
+        "doctor",
+        "bench",
+        "bench_data",
+        "testing",
+        "plugin_commands",
+        "data.commands",
+        "cli",
+        "auto",
+        "m3",
+    },
 )
 
 
