@@ -66,8 +66,11 @@ def _stages(data: Samples, count: int) -> dict[str, float]:
             seconds.clear()
         batch = []
         for index in range(max(first, 0), min(max(first, 0) + BATCH, count)):
-            sample = timed("read", data.source.read, index)
-            batch.append(timed("fit", data.fit, sample, index))
+            try:
+                sample = timed("read", data.source.read, index)
+                batch.append(timed("fit", data.fit, sample, index))
+            except Exception as error:  # whatever a broken file raises
+                raise M3Error(f"{data.source.name(index)} can't be read; take it out to measure: {error}") from error
         timed("collate", data.collate, batch)
     return dict(seconds)
 
