@@ -119,16 +119,15 @@ class Reconstruct(Predictor):
 
     def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
         """Return the count of every part that `forward` will return."""
-        counts, asked = {}, 0
+        plan, counts = plans[self.views[0]], {}
+        if not any(self._targets(name, plan, tokens)[0].shape[1] for name in self.spec.targets):
+            raise M3Error("the masking of `reconstruct` hides nothing that could be predicted; lower `visible`.")
         for name in self.spec.targets:
             modality = self.modality_of[name]
-            index, is_target = self._targets(name, plans[self.views[0]], tokens)
+            index, is_target = self._targets(name, plan, tokens)
             truth = self.providers[name](tokens[modality], index)
             weights = value_weights(truth, is_target, self.has_gaps[name])
-            asked += index.shape[1]
             counts[name] = reduce(torch.zeros_like(truth, dtype=torch.float32), weights, self.spec.average)[1]
-        if not asked:
-            raise M3Error("the masking of `reconstruct` hides nothing that could be predicted; lower `visible`.")
         if self.log_variance is not None:
             samples = next(iter(tokens.values())).values
             counts["balance"] = torch.tensor(float(len(samples)), device=samples.device)
