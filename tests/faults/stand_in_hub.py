@@ -17,7 +17,6 @@ class Hub(BaseHTTPRequestHandler):
     files: dict[str, dict[str, bytes]]
     """Repository -> path -> content; set by `serve`."""
 
-    server: ThreadingHTTPServer
     protocol_version = "HTTP/1.1"
 
     def do_POST(self) -> None:
@@ -71,7 +70,7 @@ class Hub(BaseHTTPRequestHandler):
 
     @property
     def _address(self) -> str:
-        return f"http://127.0.0.1:{self.server.server_port}"
+        return f"http://{self.headers['Host']}"
 
     def _match(self, pattern: str) -> tuple[str, ...]:
         found = re.match(pattern, self.path)

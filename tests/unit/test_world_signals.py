@@ -14,6 +14,7 @@ from m3.data.world.caption import SEEN_PIXELS
 from m3.data.world.cloud import sample_points
 from m3.data.world.derived import boxes, camera_normals
 from m3.data.world.scene import COLOURS, SHAPES, generator
+from m3.data.world.sound import strikes, struck
 from m3.data.world.source import POINTS, SOUND
 from m3.errors import M3Error
 
@@ -91,11 +92,13 @@ def test_a_video_starts_with_the_image_and_follows_the_scene():
     assert times.tolist() == [0.0, 0.5, 1.0, 1.5, 2.0]
     assert np.array_equal(frames[0], sample["image"])
     scene = sample_scene(0, 8, "train")
-    assert np.array_equal(frames[3], render(scene.at(1.5), 48, 40).image)
+    hits = strikes(scene, generator(0, 8, "train", SOUND), 2.5)
+    assert np.array_equal(frames[3], render(struck(scene, hits, 1.5), 48, 40, 1.5).image)
     assert not np.array_equal(frames[3], frames[2])
 
 
-def test_nothing_moves_in_a_static_scene(monkeypatch):
+def test_nothing_moves_in_a_static_scene_that_nobody_strikes(monkeypatch):
+    monkeypatch.setattr("m3.data.world.source.strikes", lambda scene, *_: [np.array([]) for _ in scene.objects])
     monkeypatch.setattr("m3.data.world.source.sample_scene", lambda *_: scene_of(thing("cone", texture="checker")))
     frames = WorldSource(0, "train", 1, signals=("video",)).read(0)["signals"]["video"].frames
     assert len(frames) == 8

@@ -13,9 +13,10 @@ import pytest
 from m3.data.sources.world import World
 from m3.data.world import Camera, Light, Object, Offer, Scene, WorldSource, sample_scene
 from m3.data.world import sound as acoustics
+from m3.data.world.render import render
 from m3.data.world.scene import MATERIALS, generator
 from m3.data.world.sheet import contact_sheet
-from m3.data.world.sound import record, strikes
+from m3.data.world.sound import record, strikes, struck
 from m3.errors import M3Error
 from m3.plugins import Signal
 from m3.recipe import DataSpec
@@ -41,7 +42,9 @@ def dice(number: int = 0) -> np.random.Generator:
 @pytest.fixture
 def struck_at(monkeypatch):
     """Set when every object is struck."""
-    return lambda *times: monkeypatch.setattr(acoustics, "strikes", lambda *_: np.array(times))
+    return lambda *times: monkeypatch.setattr(
+        acoustics, "strikes", lambda scene, *_: [np.array(times)] * len(scene.objects)
+    )
 
 
 def ring(material: str, radius: float, time: np.ndarray) -> np.ndarray:
@@ -95,10 +98,35 @@ def test_a_strike_sounds_from_where_object_and_camera_are_then(struck_at):
     np.testing.assert_allclose(three, four, atol=1e-6)
 
 
+def test_a_struck_object_glows_and_fades_while_the_others_stay_as_they_are():
+    scene = scene_of(thing(x=-1.0), thing(x=1.0))
+    times = [np.array([0.5, 1.0]), np.array([2.0])]
+    glows = [[o.glow for o in struck(scene, times, now).objects] for now in (0.25, 0.5, 0.75, 1.5)]
+    assert glows == [[0, 0], [1, 0], [pytest.approx(math.exp(-1)), 0], [pytest.approx(math.exp(-2)), 0]]
+    dark, lit = render(scene, 32, 32), render(struck(scene, times, 1.0), 32, 32)
+    own = dark.instance == 1
+    assert own.any()
+    assert (lit.image[own] == 255).all()
+    assert (lit.image[~own] == dark.image[~own]).all()
+
+
+def test_a_video_shows_the_strikes_that_its_sound_lets_hear():
+    source = WorldSource(0, "train", 20, 64, 64, signals=("video", "audio"), offer=Offer(frames=16, fps=8.0))
+    brightness, loudness = [], []
+    for index in range(20):
+        signals = source.read(index)["signals"]
+        steps = np.diff(signals["video"].frames.astype(float), axis=0)
+        brightness.append(np.maximum(steps, 0).mean((1, 2, 3)))
+        loudness.append(np.abs(signals["audio"].samples).mean(0).reshape(16, -1).mean(1)[:-1])
+    jump = np.diff(np.pad(np.array(loudness), ((0, 0), (1, 0))), axis=1)
+    assert np.corrcoef(np.array(brightness).ravel(), jump.ravel())[0, 1] > 0.2
+    assert abs(np.corrcoef(np.roll(brightness, 1, axis=0).ravel(), jump.ravel())[0, 1]) < 0.1  # another scene's
+
+
 def test_strikes_leave_room_for_each_other():
     counts = set()
     for number in range(100):
-        times = strikes(dice(number), 2.0)
+        (times,) = strikes(scene_of(thing()), dice(number), 2.0)
         counts.add(len(times))
         share = 2.0 / len(times)
         assert ((times >= np.arange(len(times)) * share) & (times < (np.arange(len(times)) + 0.8) * share)).all()

@@ -196,6 +196,10 @@ def _shade(
     colour = albedo * (scene.light.ambient + scene.light.strength * facing)[:, None]
     mirrored = rays - 2 * np.einsum("pc,pc->p", rays, normals)[:, None] * normals
     colour += (shine * (facing > 0) * np.maximum(mirrored @ towards, 0) ** 24)[:, None]
+    for number, thing in enumerate(scene.objects):
+        if thing.glow:
+            own = instance == number + 1
+            colour[own] += np.float32(thing.glow) * (1 - colour[own])
     height = np.clip(rays[:, 2:] * 2 + 0.6, 0, 1)
     sky = (1 - height) * 0.92 + height * np.array(scene.sky_colour, np.float32)
     return np.where(is_sky[:, None], sky, colour)

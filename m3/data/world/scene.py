@@ -45,6 +45,7 @@ class Object:
         y: metres.
         yaw: rotation about the vertical, radians.
         velocity: metres per second along x and y.
+        glow: how far it lights up towards white, in [0, 1].
     """
 
     shape: str
@@ -57,6 +58,7 @@ class Object:
     y: float
     yaw: float
     velocity: tuple[float, float]
+    glow: float = 0.0
 
     @property
     def height(self) -> float:

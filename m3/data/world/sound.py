@@ -10,7 +10,7 @@ Letters: S samples, K strikes of an object, M modes.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -31,6 +31,9 @@ LEVEL = NEAREST / 5
 
 CONTACT = 0.002
 """Seconds a strike takes to build up. Meanwhile it damps what the object still rang from the strike before."""
+
+AFTERGLOW = 0.25
+"""Seconds in which the glow of a struck object falls to 1 / e, so that a video shows what is heard."""
 
 QUIET = 1e-4
 """Share of its first amplitude at which a strike ends."""
@@ -74,8 +77,7 @@ def record(scene: Scene, random: np.random.Generator, duration: float, rate: int
         rate: samples per second; modes from rate / 2 on are not heard.
     """
     samples = np.zeros((2, round(duration * rate)), np.float32)
-    for thing in scene.objects:
-        times = strikes(random, duration)
+    for thing, times in zip(scene.objects, strikes(scene, random, duration), strict=True):
         arrivals, gains = hear(scene.camera, thing, times)
         strike = _Strike(thing, rate)
         for channel, arrival, gain in zip(samples, arrivals * rate, gains, strict=True):
@@ -84,13 +86,23 @@ def record(scene: Scene, random: np.random.Generator, duration: float, rate: int
     return Sound(samples, rate)
 
 
-def strikes(random: np.random.Generator, duration: float) -> np.ndarray:
-    """Draw when an object is struck: one to three times, ascending, seconds (K,).
+def strikes(scene: Scene, random: np.random.Generator, duration: float) -> list[np.ndarray]:
+    """Draw when each object is struck: one to three times, ascending, seconds (K,).
 
     Each falls into the first four fifths of its own share of the duration, so that it has time to sound.
     """
-    count = int(random.integers(1, 4))
-    return (np.arange(count) + 0.8 * random.random(count)) * duration / count
+    times = []
+    for _ in scene.objects:
+        count = int(random.integers(1, 4))
+        times.append((np.arange(count) + 0.8 * random.random(count)) * duration / count)
+    return times
+
+
+def struck(scene: Scene, times: list[np.ndarray], now: float) -> Scene:
+    """Let every object glow that was struck at its `times` (K,) before `now`, seconds: the later, the less."""
+    since = [min((now - past for past in own if past <= now), default=math.inf) for own in times]
+    lit = [replace(o, glow=math.exp(-gap / AFTERGLOW)) for o, gap in zip(scene.objects, since, strict=True)]
+    return replace(scene, objects=tuple(lit))
 
 
 def hear(camera: Camera, thing: Object, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

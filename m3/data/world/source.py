@@ -16,7 +16,7 @@ from m3.data.world.cloud import sample_points
 from m3.data.world.derived import boxes, camera_normals
 from m3.data.world.render import Frame, render
 from m3.data.world.scene import COLOURS, SHAPES, Scene, Split, generator, sample_scene
-from m3.data.world.sound import record
+from m3.data.world.sound import record, strikes, struck
 from m3.errors import M3Error
 
 SOUND, POINTS = 1, 2
@@ -120,7 +120,7 @@ class WorldSource:
             "depth": lambda: frame.depth,
             "semantic_map": lambda: frame.semantic,
             "text": lambda: caption(scene, seen),
-            "video": lambda: self._video(scene, frame.image),
+            "video": lambda: self._video(scene, frame.image, strikes(scene, self._random(index, SOUND), duration)),
             "audio": lambda: record(scene, self._random(index, SOUND), duration, offer.sound_rate),
             "points": lambda: sample_points(scene, self._random(index, POINTS), offer.points),
             "normals": lambda: camera_normals(scene.camera, frame),
@@ -128,9 +128,9 @@ class WorldSource:
         }
         return {name: make[name]() for name in self.signals}
 
-    def _video(self, scene: Scene, image: np.ndarray) -> Clip:
+    def _video(self, scene: Scene, image: np.ndarray, hits: list[np.ndarray]) -> Clip:
         times = np.arange(self.offer.frames) / self.offer.fps
-        later = [render(scene, self.height, self.width, float(time)).image for time in times[1:]]
+        later = [render(struck(scene, hits, t), self.height, self.width, t).image for t in times[1:].tolist()]
         return Clip(np.stack([image, *later]), times.astype(np.float32))
 
     def _random(self, index: int, use: int) -> np.random.Generator:
