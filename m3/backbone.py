@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from m3.attention import SelfAttention, key_mask
@@ -69,6 +69,18 @@ class BackboneSpec(Strict):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
         return self
+
+
+class TowerSpec(BackboneSpec):
+    """An entry of the `towers` section: a transformer of its own for some modalities.
+
+    Attributes:
+        modalities: those that it reads.
+        frozen: leave its weights as they are (Zhai et al. 2021, LiT).
+    """
+
+    modalities: tuple[str, ...] = Field(min_length=1)
+    frozen: bool = False
 
 
 class MLP(nn.Module):

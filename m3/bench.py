@@ -23,11 +23,12 @@ from torch import nn
 from m3.data.loader import Samples, first_batches
 from m3.errors import M3Error
 from m3.linear import linear
+from m3.machine import use_bf16
 from m3.memory import compiled, keep_freed_memory
 from m3.recipe import DataSpec, Recipe
 from m3.schedule import make_optimizer
 from m3.summary import cost, meta_model
-from m3.train import build_model, open_source, use_bf16
+from m3.train import build_model, open_source
 
 MATMUL = 2048
 WARM_UP = 2

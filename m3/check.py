@@ -33,7 +33,9 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
     """
     settings = recipe.model_dump(mode="json", exclude_none=True)
     settings["out"] = str(out)
-    settings["backbone"] |= {"width": 32, "depth": 2, "heads": 2}
+    for tower in (settings["backbone"], *settings["towers"].values()):
+        tower |= {"width": 32, "depth": 2, "heads": 2}
+    settings.pop("init", None)
     for objective in settings["objectives"].values():
         for part in [objective, *objective.get("targets", {}).values()]:
             if "decoder" in part:

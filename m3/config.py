@@ -14,6 +14,7 @@ class M3Config(PreTrainedConfig):
     Attributes:
         modalities: name -> settings of the modality (`type`, ...) with its `tokenizer`.
         backbone: settings of the shared transformer.
+        towers: name -> settings of a transformer of its own for some modalities.
         objectives: name -> settings of the objective (`type`, masking, targets, decoders ...).
         seed: default seed of masks.
     """
@@ -22,6 +23,7 @@ class M3Config(PreTrainedConfig):
 
     modalities: dict[str, Any] | None = None
     backbone: dict[str, Any] | None = None
+    towers: dict[str, Any] | None = None
     objectives: dict[str, Any] | None = None
     seed: int = 0
 
@@ -33,5 +35,5 @@ class M3Config(PreTrainedConfig):
     def to_json_string(self, use_diff: bool = True) -> str:
         """Write the sections in the recipe's order: it is the order of the tokens, which sorting would change."""
         data = json.loads(super().to_json_string(use_diff))
-        data |= {"modalities": self.modalities, "backbone": self.backbone, "objectives": self.objectives}
+        data |= {name: getattr(self, name) for name in ("modalities", "backbone", "towers", "objectives")}
         return json.dumps(data, indent=2) + "\n"

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from m3 import __version__
+from m3.machine import use_bf16
 from m3.parts import HOMES, available, find
-from m3.train import use_bf16
 
 REQUIRED = ("torch", "transformers", "accelerate", "tokenizers", "safetensors", "pydantic", "numpy", "pillow")
 OPTIONAL = {

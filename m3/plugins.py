@@ -216,6 +216,8 @@ class Tokenizer(nn.Module, ABC):
         self.width = width
         self.positions: dict[str, Any] = {"type": "sincos"}
         """The `positions` of the modality's recipe entry; set by the model before anything is built on them."""
+        self.tower: Any = None
+        """The `BackboneSpec` of the transformer that reads the modality; set by the model like `positions`."""
         self.pinned: dict[str, Any] = {}
         """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
 
@@ -247,10 +249,12 @@ class View(NamedTuple):
     Attributes:
         modalities: names, in the order in which their tokens are joined.
         masking: the settings of the selection, as canonical JSON so that views can be compared.
+        swap: the settings of `m3.partners.Swap` as JSON where some samples borrow a modality from another; else empty.
     """
 
     modalities: tuple[str, ...]
     masking: str
+    swap: str = ""
 
 
 class Objective(nn.Module, ABC):
@@ -277,6 +281,42 @@ class Objective(nn.Module, ABC):
 
     def after_step(self) -> None:
         """Move what learns without gradients; called by every process after each optimizer step."""
+
+
+class Coupled(Objective):
+    """An objective whose loss joins the samples of the whole step, also those of other micro-batches and processes.
+
+    The gradient of a sample's own rows, summed over all samples, is the gradient of the whole; so a process needs the
+    rows of the others only as numbers.
+    """
+
+    @abstractmethod
+    def rows(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
+        """Return what the other samples must know of each sample of the batch: name -> (B, ...)."""
+
+    @abstractmethod
+    def forward(  # type: ignore[override]  # the whole step's rows come on top
+        self, encoded: dict[View, Encoded], tokens: dict[str, Tokens], pool: Pool | None = None
+    ) -> Loss:
+        """Compute this batch's share of the loss.
+
+        Args:
+            encoded: as for any objective.
+            tokens: as for any objective.
+            pool: the rows of all samples of the step; None: the batch is all there is, on every process.
+        """
+
+
+class Pool(NamedTuple):
+    """The rows of all samples of a step, without gradient.
+
+    Attributes:
+        rows: name -> (G, ...) in the order of the run.
+        start: place of this batch's first sample among the G.
+    """
+
+    rows: dict[str, Tensor]
+    start: int
 
 
 class Predictor(Objective):

@@ -10,7 +10,8 @@ from transformers.processing_utils import ProcessorMixin
 
 from m3.data.loader import Loaded, collate, fit_together
 from m3.errors import M3Error, nearest
-from m3.model import Reconstruction, build_modalities
+from m3.model import Reconstruction
+from m3.network import build_modalities
 from m3.plugins import Crop
 from m3.types import Batch
 

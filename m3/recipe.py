@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from m3.backbone import BackboneSpec
+from m3.backbone import BackboneSpec, TowerSpec
 from m3.errors import M3Error, explain, nearest
 from m3.masking import Amount
 from m3.plugins import Strict
@@ -97,6 +97,8 @@ class TrainSpec(Strict):
         betas: AdamW's.
         eps: AdamW's.
         clip: largest gradient norm; null: no clipping.
+        mix: objective -> weight; one of them is drawn for each step, on all processes (UNITER), beside those that are
+            not named, which take part in all steps; null: all take part.
         precision: `bf16`, `fp32`, or `auto`: bf16 where the device computes it natively.
         threads: CPU threads per process, on a run without GPU; null: the cores shared out among the processes.
         compile: run the network through torch.compile.
@@ -120,6 +122,7 @@ class TrainSpec(Strict):
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = None
+    mix: dict[str, PositiveFloat] | None = None
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: PositiveInt | None = None
     compile: bool = False
@@ -178,7 +181,9 @@ class Recipe(Strict):
         seed: of weights, data order, masks and crops.
         modalities: name -> settings of the modality with its tokenizer.
         backbone: the shared transformer.
+        towers: name -> a transformer of its own for some modalities; all others are read by `backbone`.
         objectives: name -> settings of the objective.
+        init: folder or Hub id of a trained model to start from; null: fresh weights.
         data: where samples come from.
         train: how long and how.
         evaluate: what is measured on held-out samples.
@@ -189,7 +194,9 @@ class Recipe(Strict):
     seed: NonNegativeInt = 0
     modalities: dict[str, dict[str, Any]] = Field(min_length=1)
     backbone: BackboneSpec = BackboneSpec()
+    towers: dict[str, TowerSpec] = Field(default={})
     objectives: dict[str, dict[str, Any]] = Field(min_length=1)
+    init: str | None = None
     data: DataSpec = DataSpec()
     train: TrainSpec
     evaluate: EvaluateSpec = EvaluateSpec()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from m3.errors import M3Error
+from m3.errors import M3Error, nearest
+from m3.random import stream_number
 from m3.recipe import TrainSpec
 
 
@@ -77,3 +79,18 @@ def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
     counted = sum(len(group["params"]) for group in groups)
     assert counted == len(parameters), f"{counted} of {len(parameters)} parameters are in a group"
     return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=True)
+
+
+def drawn(mix: dict[str, float] | None, objectives: list[str], seed: int, step: int) -> tuple[str, ...] | None:
+    """Return the objectives that take part in a step: one of the mix, the same on all processes, and all others."""
+    if mix is None:
+        return None
+    (one,) = Random(stream_number(f"mix/{seed}/{step}")).choices(list(mix), list(mix.values()))
+    return tuple(name for name in objectives if name == one or name not in mix)
+
+
+def check_mix(mix: dict[str, float] | None, objectives: list[str]) -> None:
+    """Raise for a mix that names an objective which is not there."""
+    for name in mix or ():
+        if name not in objectives:
+            raise M3Error(f"train.mix names `{name}`, which is no objective.{nearest(name, objectives)}")

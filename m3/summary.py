@@ -103,7 +103,9 @@ def _parameter_table(model: M3Model) -> Table:
     for column in ("part", "parameters", "share"):
         table.add_column(column, justify="left" if column == "part" else "right")
     parts = {f"tokenizer {name}": part for name, part in model.tokenizers.items()}
-    parts |= {"modality embeddings": model.modality_embeddings, "backbone": model.backbone or nn.Identity()}
+    parts |= {"positions": model.positions, "modality embeddings": model.modality_embeddings}
+    parts |= {"mask tokens": model.mask_tokens, "backbone": model.backbone or nn.Identity()}
+    parts |= {f"tower {name}": part for name, part in model.towers.items()}
     parts |= {f"objective {name}": part for name, part in model.objectives.items()}
     total = count_parameters(model)
     rows = {name: count_parameters(part) for name, part in parts.items()}

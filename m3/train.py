@@ -6,7 +6,6 @@ accelerate launch -m m3.train RECIPE [a.b=c ...] [--resume]      the same code a
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from contextlib import nullcontext
@@ -17,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, LoggerType, set_seed
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -32,12 +31,17 @@ from m3.ema import Average
 from m3.errors import M3Error, nearest
 from m3.evaluate.reconstruction import Row, check_tasks
 from m3.held_out import HeldOut
+from m3.initialise import load_weights
+from m3.machine import cores, use_bf16
 from m3.memory import compiled, keep_freed_memory
-from m3.model import M3Model, Prepared, resolved
+from m3.model import M3Model
+from m3.network import Prepared, resolved
+from m3.plugins import Pool
+from m3.processes import concatenate, gather
 from m3.processor import M3Processor
 from m3.progress import Clock, Skipped, append, are_finite, cut, no_progress_bars, not_finite
 from m3.recipe import Recipe, dump_recipe
-from m3.schedule import Plan, learning_rate, make_optimizer, plan_run
+from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, plan_run
 from m3.show import count_parameters, metrics_table
 from m3.types import Loss
 
@@ -53,6 +57,7 @@ def model_config(recipe: Recipe) -> M3Config:
     return M3Config(
         modalities={name: resolved(entry, f"modalities.{name}") for name, entry in recipe.modalities.items()},
         backbone=recipe.backbone.model_dump(),
+        towers={name: tower.model_dump(mode="json") for name, tower in recipe.towers.items()},
         objectives=recipe.objectives,
         seed=recipe.seed,
     )
@@ -79,6 +84,8 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
         mixed_precision="bf16" if use_bf16(spec.precision) else "no",
         log_with=list(spec.trackers) or None,
         project_dir=str(run),
+        # A step of one drawn objective leaves the heads of the others without gradient.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(spec.mix))],
     )
     is_shown = is_shown and accelerator.is_main_process
     console = Console(quiet=not is_shown)
@@ -89,6 +96,9 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
 
     # ----------------------------------------------------------------------------------- model and data
     raw_model = build_model(recipe)
+    check_mix(spec.mix, list(raw_model.objectives))
+    if recipe.init and not (resume and checkpoint.newest(run)):
+        console.print(load_weights(raw_model, recipe.init), soft_wrap=True)
     check_tasks(raw_model, recipe.evaluate.tasks)
     source = open_source(recipe, raw_model, "train")
     samples = Samples(source, raw_model.modalities, recipe.data, recipe.seed)
@@ -121,11 +131,12 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             waited = time.perf_counter()
             micro_batches = [skipped.count(next(batches)) for _ in range(plan.accumulation)]
             clock.waited += time.perf_counter() - waited
-            prepared = [raw_model.prepare(batch.to(device)) for batch in micro_batches]
+            active = drawn(spec.mix, list(raw_model.objectives), recipe.seed, step)
+            prepared = [raw_model.prepare(batch.to(device), active=active) for batch in micro_batches]
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, plan)
-            sums, counts = gradients(accelerator, raw_model, network, prepared)
+            names, sums, counts = gradients(accelerator, raw_model, network, prepared)
             norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
@@ -140,7 +151,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 clock.restart(done)
             if done % spec.log_every == 0 or done == plan.steps:
                 values = (add_over_processes(accelerator, sums) / counts.clamp(min=1)).tolist()
-                values = dict(zip(raw_model.part_names, values, strict=True))
+                values = dict(zip(names, values, strict=True))
                 if not are_finite(values):
                     raise not_finite(done, f"the losses {values}", checkpoint.newest(run))
                 line = clock.line(done, values, learning_rate(step, plan), float(norm), len(skipped.messages))
@@ -168,22 +179,6 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     return rows
 
 
-def use_bf16(precision: str) -> bool:
-    """Return True for bfloat16 autocast: asked for, or `auto` on a device that computes it natively."""
-    if precision == "auto":
-        if torch.cuda.is_available():
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return precision == "bf16"
-
-
-def cores() -> int:
-    """Return how many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # Linux; elsewhere a process may use them all
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def check_trackers(names: tuple[str, ...]) -> None:
     """Raise for a tracker that Accelerate does not know or that is not installed; it would only warn."""
     known = [str(kind) for kind in LoggerType]
@@ -200,7 +195,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 def gradients(
     accelerator: Accelerator, model: M3Model, network: nn.Module, prepared: list[Prepared]
-) -> tuple[Tensor, Tensor]:
+) -> tuple[list[str], Tensor, Tensor]:
     """Run forward and backward over the micro-batches of one step on this process.
 
     Every part of the loss is divided by its count over all micro-batches of all processes, known before the
@@ -213,22 +208,42 @@ def gradients(
         prepared: this process's micro-batches.
 
     Returns:
-        The sum of each part on this process, and its count on all processes, in the order of `part_names`.
+        The names of the parts, the sum of each on this process, and its count on all processes.
     """
     each = [model.counts(micro) for micro in prepared]
-    own = torch.stack([torch.stack([counts[name].float() for name in model.part_names]) for counts in each]).sum(0)
+    names = list(each[0])
+    own = torch.stack([torch.stack([counts[name].float() for name in names]) for counts in each]).sum(0)
     total = add_over_processes(accelerator, own)
-    counts = dict(zip(model.part_names, total, strict=True))
+    counts = dict(zip(names, total, strict=True))
+    pools = step_pools(accelerator, network, prepared) if model.is_coupled and len(prepared) > 1 else None
     sums = torch.zeros_like(total)
     for turn, micro in enumerate(prepared):
         is_last = turn == len(prepared) - 1
         with nullcontext() if is_last else accelerator.no_sync(network):
             with accelerator.autocast():
-                parts: Loss = network(micro).parts
+                parts: Loss = network(micro, pools[turn] if pools else None).parts
             # Gradients are averaged over processes; the loss is a sum over them.
             accelerator.backward(parts.total(counts) * accelerator.num_processes)
-        sums += torch.stack([parts.parts[name].sum.detach().float() for name in model.part_names])
-    return sums, total
+        sums += torch.stack([parts.parts[name].sum.detach().float() for name in names])
+    return names, sums, total
+
+
+@torch.no_grad()
+def step_pools(accelerator: Accelerator, network: nn.Module, prepared: list[Prepared]) -> list[dict[str, Pool]]:
+    """Return for each micro-batch what its coupled objectives must know of all samples of the step.
+
+    One more forward pass without gradient over all micro-batches (Gao et al. 2021, gradient caching): memory stays
+    that of one micro-batch, the gradient is that of the whole batch.
+    """
+    turns = []
+    for micro in prepared:
+        with accelerator.autocast():
+            turns.append({name: gather(rows) for name, rows in network(micro, is_only_rows=True).rows.items()})
+    pools = []
+    for turn, micro in enumerate(prepared):
+        start = (turn * accelerator.num_processes + accelerator.process_index) * micro.samples
+        pools.append({name: Pool(concatenate([rows[name] for rows in turns]), start) for name in turns[0]})
+    return pools
 
 
 def add_over_processes(accelerator: Accelerator, x: Tensor) -> Tensor:
@@ -263,7 +278,7 @@ def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[s
         "train.batch_size": recipe.train.batch_size,
         "number of training samples": samples,
     }
-    described = {"modalities": config.modalities, "backbone": config.backbone, "objectives": config.objectives}
+    described = {name: getattr(config, name) for name in ("modalities", "backbone", "towers", "objectives")}
     return json.loads(json.dumps({"model": described, "order": order, "plan": plan._asdict()}))
 
 

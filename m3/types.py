@@ -99,6 +99,27 @@ class Tokens:
         return self.values.shape[1]
 
 
+OWN, HIDDEN = -1, -2
+"""What the encoder is shown in a slot: the token's own content, or a learned mask token."""
+
+
+@dataclass(frozen=True)
+class Partners:
+    """Which sample of the batch lends each sample one of its modalities.
+
+    Attributes:
+        of: the modality that is lent.
+        index: (B,) int64 place in the batch; the sample's own where it keeps its own.
+        is_swapped: (B,) bool, True where it is another's.
+        is_pair: (B,) bool, True where both the sample and its partner have what the view joins.
+    """
+
+    of: str
+    index: Tensor
+    is_swapped: Tensor
+    is_pair: Tensor
+
+
 @dataclass(frozen=True)
 class MaskPlan:
     """Which tokens the encoder sees and which ones a loss asks for.
@@ -110,6 +131,9 @@ class MaskPlan:
         order: (B, V) int64, where in the concatenation of all visible slots each encoder token lies;
             None when the encoder takes all slots as they stand.
         is_valid: (B, V) bool, False for filling in samples with too few tokens; None when all V exist.
+        shown: modality -> (B, S) int64, what the slots show where hidden tokens are replaced instead of dropped:
+            OWN, HIDDEN, or k >= 0, class id k. A modality that is not listed shows its own content everywhere.
+        partners: who lends whom a modality; None: every sample has its own.
     """
 
     visible: dict[str, Tensor]
@@ -117,6 +141,8 @@ class MaskPlan:
     is_target: dict[str, Tensor] = field(default_factory=dict)
     order: Tensor | None = None
     is_valid: Tensor | None = None
+    shown: dict[str, Tensor] = field(default_factory=dict)
+    partners: Partners | None = None
 
     def pack(self, slots: dict[str, Tensor]) -> Tensor:
         """Bring per-modality slots into encoder order: modality -> (B, S, *rest) to (B, V, *rest)."""
@@ -126,6 +152,14 @@ class MaskPlan:
     def packed_index(self) -> Tensor:
         """Return (B, V) int64: for each encoder token its index within its own modality."""
         return self.pack(self.visible)
+
+    def packed_content(self) -> Tensor | None:
+        """Return (B, V) bool, True where the encoder sees a token's own content; None when it does everywhere."""
+        if not self.shown and self.is_valid is None:
+            return None
+        slots = {name: self.shown.get(name, torch.full_like(index, OWN)) for name, index in self.visible.items()}
+        is_own = self.pack(slots) == OWN
+        return is_own if self.is_valid is None else is_own & self.is_valid
 
     def packed_modality(self) -> Tensor:
         """Return (B, V) int64: for each encoder token the number of its modality (in `visible`'s order)."""

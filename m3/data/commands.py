@@ -58,7 +58,7 @@ def pack_command(options: argparse.Namespace) -> None:
 
     from m3.data.pack import pack
     from m3.data.source import coverage, open_source
-    from m3.model import build_modalities
+    from m3.network import build_modalities
     from m3.recipe import load_recipe
 
     if options.per_shard < 1:
@@ -115,7 +115,7 @@ def stats_command(options: argparse.Namespace) -> None:
 
     from m3.data.loader import Samples, first_batches
     from m3.data.source import open_source
-    from m3.model import build_modalities
+    from m3.network import build_modalities
     from m3.recipe import load_recipe
 
     recipe = load_recipe(options.recipe, options.overrides)

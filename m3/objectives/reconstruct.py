@@ -73,6 +73,7 @@ class Reconstruct(Predictor):
             check_modality("inputs", name, tokenizers)
         self.view = View(self.inputs, json.dumps(spec.masking, sort_keys=True))
         self.views = (self.view,)
+        tower = tokenizers[self.inputs[0]].tower
         self.decoders = nn.ModuleDict()
         self.providers, self.modality_of, self.classes, self.channels = {}, {}, {}, {}
         for name, target in spec.targets.items():
@@ -84,7 +85,7 @@ class Reconstruct(Predictor):
             decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")
             with within(f"targets.{name}.decoder"):
                 self.decoders[name] = decoder(
-                    settings, backbone, tokenizers, self.inputs, modality, self.providers[name].width
+                    settings, tower, tokenizers, self.inputs, modality, self.providers[name].width
                 )
             self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
             self.channels[name] = tokenizer.signal.channels

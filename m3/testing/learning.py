@@ -16,7 +16,8 @@ from torch import Tensor
 
 from m3.config import M3Config
 from m3.data.loader import Loaded, collate
-from m3.model import M3Model, build_modalities
+from m3.model import M3Model
+from m3.network import build_modalities
 from m3.plugins import Crop, Modality
 from m3.testing.claims import claim, name_of, near, same, seeded, without_gradient
 from m3.types import Batch

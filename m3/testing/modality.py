@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.plugins import Crop, Modality, Tokenizer
 from m3.testing.claims import attempt, claim, copied, name_of, near, noise, same
 from m3.testing.learning import batch_of, check_learning

@@ -21,7 +21,7 @@ from PIL import Image as PILImage
 
 from m3.data.files import Member
 from m3.data.loader import fit_together
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.plugins import Crop
 
 MODALITIES = {

@@ -11,7 +11,7 @@ from m3.cli import main
 from m3.data.loader import Order, Samples, train_loader
 from m3.data.source import Sample, Source
 from m3.errors import M3Error
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.recipe import DataSpec, Recipe, load_recipe
 from m3.train import train
 

@@ -16,7 +16,19 @@ FILES = [path for path in FILES if not any(parent.is_symlink() for parent in pat
 # Lower stages first; a module may import only from its own line and the lines above.
 ORDER = (
     {"errors"},
-    {"types", "random", "linear", "drawing", "points", "samples", "codebook", "data.recording", "plugin_template"},
+    {
+        "processes",
+        "machine",
+        "types",
+        "random",
+        "linear",
+        "drawing",
+        "points",
+        "samples",
+        "codebook",
+        "data.recording",
+        "plugin_template",
+    },
     {"plugins", "parts"},
     {
         "positions",
@@ -33,10 +45,11 @@ ORDER = (
     },
     {"data.world", "data.video", "data.sound", "data.words"},
     {"backbone", "masking", "modalities", "tokenizers"},
-    {"heads", "coders", "recipe"},
+    {"heads", "coders", "recipe", "masker", "partners"},
     {"objectives", "data.source", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
-    {"data.sources", "data.pack", "data.check", "data.loader", "model", "progress"},
-    {"processor", "evaluate", "tokenizer_model"},
+    {"data.sources", "data.pack", "data.check", "data.loader", "network", "progress"},
+    {"model"},
+    {"processor", "evaluate", "tokenizer_model", "initialise"},
     {"show"},
     {"train", "held_out", "reconstruct", "tokenize_data"},
     {

@@ -8,7 +8,8 @@ from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from m3 import masking
 from m3.config import M3Config
-from m3.model import M3Model, Prepared
+from m3.model import M3Model
+from m3.network import Prepared
 from m3.types import Batch, Tokens
 
 ROWS, COLUMNS, PATCH = 3, 4, 4

@@ -14,7 +14,7 @@ import yaml
 
 from m3.cli import main
 from m3.errors import M3Error
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.plugin_commands import check_plugin, new_plugin
 from m3.recipe import load_recipe
 from m3.train import train

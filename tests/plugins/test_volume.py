@@ -16,7 +16,8 @@ from PIL import Image
 
 from m3.check import check
 from m3.errors import M3Error
-from m3.model import M3Model, build_modalities
+from m3.model import M3Model
+from m3.network import build_modalities
 from m3.parts import available
 from m3.processor import M3Processor
 from m3.recipe import Recipe, load_recipe, recipe_from

@@ -15,7 +15,8 @@ from m3.data.loader import Order, Samples
 from m3.data.source import open_source as open_data
 from m3.errors import M3Error
 from m3.evaluate.reconstruction import Row
-from m3.model import M3Model, build_modalities
+from m3.model import M3Model
+from m3.network import build_modalities
 from m3.processor import M3Processor
 from m3.recipe import Recipe, recipe_from
 from m3.schedule import plan_run

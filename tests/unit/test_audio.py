@@ -17,7 +17,7 @@ from m3.data.recording import Sound
 from m3.data.sound import log_mel, read_sound
 from m3.errors import M3Error
 from m3.modalities.audio import Audio
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.plugins import Crop
 from m3.processor import M3Processor
 from m3.recipe import load_recipe

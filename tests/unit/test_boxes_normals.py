@@ -17,7 +17,7 @@ from m3.data.world import WorldSource
 from m3.errors import M3Error
 from m3.modalities.boxes import Boxes
 from m3.modalities.normals import Normals
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.plugins import Crop
 from m3.processor import M3Processor
 from m3.recipe import DataSpec

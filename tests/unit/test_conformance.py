@@ -11,7 +11,7 @@ import pytest
 from m3.data.sources.world import World
 from m3.data.world.scene import SHAPES
 from m3.errors import M3Error
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.parts import available, find
 from m3.recipe import DataSpec
 from m3.testing import check_modality, check_objective, check_positions, check_scorer, check_target, grid_tokens

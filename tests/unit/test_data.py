@@ -11,7 +11,7 @@ from m3.check import shrink
 from m3.data.geometry import random_crop
 from m3.data.loader import Loaded, Order, Samples, collate, train_loader
 from m3.errors import M3Error
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.plugins import Crop
 from m3.processor import M3Processor
 from m3.recipe import load_recipe

@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from m3.data.geometry import fit_map
 from m3.errors import M3Error
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.plugins import Crop, Modality
 
 RANDOM = np.random.default_rng(5)

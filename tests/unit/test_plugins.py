@@ -9,7 +9,7 @@ import torch
 
 from m3.data.loader import Loaded, collate
 from m3.errors import M3Error
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.parts import HOMES, available, find
 from m3.plugins import Strict
 from m3.recipe import load_recipe

@@ -6,7 +6,7 @@ import torch
 
 from m3.errors import M3Error
 from m3.modalities.points import Points
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.parts import find
 from m3.plugins import Crop, Signal
 from m3.points import chamfer, farthest_points, nearest

@@ -8,7 +8,8 @@ import torch
 from m3 import masking
 from m3.config import M3Config
 from m3.errors import M3Error
-from m3.model import M3Model, Prepared
+from m3.model import M3Model
+from m3.network import Prepared
 from m3.objectives.reconstruct import reduce
 from m3.types import Batch, Loss, Part, Tokens
 

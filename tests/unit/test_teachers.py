@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from m3.config import M3Config
 from m3.errors import M3Error
-from m3.model import M3Model, build_modalities
+from m3.model import M3Model
+from m3.network import build_modalities
 from m3.teachers import open_teacher
 
 NAME, SIZE = "vit_tiny_patch16_224", 32

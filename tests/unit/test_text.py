@@ -15,7 +15,8 @@ from m3.data.files import Member
 from m3.data.words import describe, open_vocabulary, train_vocabulary
 from m3.errors import M3Error
 from m3.modalities.text import Text
-from m3.model import M3Model, build_modalities, resolved
+from m3.model import M3Model
+from m3.network import build_modalities, resolved
 from m3.plugins import Crop
 from m3.processor import M3Processor
 from m3.types import Batch

@@ -17,7 +17,7 @@ from m3.data.source import open_source
 from m3.data.video import DecordFile, VideoFile, open_video
 from m3.errors import M3Error
 from m3.modalities.video import Video, frame_numbers
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.plugins import Crop
 from m3.processor import M3Processor
 from m3.recipe import DataSpec

@@ -99,10 +99,12 @@ def test_a_strike_sounds_from_where_object_and_camera_are_then(struck_at):
 
 
 def test_a_struck_object_glows_and_fades_while_the_others_stay_as_they_are():
-    scene = scene_of(thing(x=-1.0), thing(x=1.0))
+    scene = scene_of(thing(x=-1.0, material="wood"), thing(x=1.0))
     times = [np.array([0.5, 1.0]), np.array([2.0])]
     glows = [[o.glow for o in struck(scene, times, now).objects] for now in (0.25, 0.5, 0.75, 1.5)]
     assert glows == [[0, 0], [1, 0], [pytest.approx(math.exp(-1)), 0], [pytest.approx(math.exp(-2)), 0]]
+    metal = struck(scene, times, 2.5).objects[1]
+    assert metal.glow == pytest.approx(math.exp(-0.5))
     dark, lit = render(scene, 32, 32), render(struck(scene, times, 1.0), 32, 32)
     own = dark.instance == 1
     assert own.any()

@@ -32,8 +32,9 @@ LEVEL = NEAREST / 5
 CONTACT = 0.002
 """Seconds a strike takes to build up. Meanwhile it damps what the object still rang from the strike before."""
 
-AFTERGLOW = 0.25
-"""Seconds in which the glow of a struck object falls to 1 / e, so that a video shows what is heard."""
+AFTERGLOW = {"metal": 1.0, "glass": 0.5, "wood": 0.25, "rubber": 0.12}
+"""Seconds in which the glow of a struck object falls to 1 / e, so that a video shows what is heard: when an object is
+struck, and by how long it glows what it is made of. The order is that of the sounds."""
 
 QUIET = 1e-4
 """Share of its first amplitude at which a strike ends."""
@@ -101,8 +102,8 @@ def strikes(scene: Scene, random: np.random.Generator, duration: float) -> list[
 def struck(scene: Scene, times: list[np.ndarray], now: float) -> Scene:
     """Let every object glow that was struck at its `times` (K,) before `now`, seconds: the later, the less."""
     since = [min((now - past for past in own if past <= now), default=math.inf) for own in times]
-    lit = [replace(o, glow=math.exp(-gap / AFTERGLOW)) for o, gap in zip(scene.objects, since, strict=True)]
-    return replace(scene, objects=tuple(lit))
+    objects = zip(scene.objects, since, strict=True)
+    return replace(scene, objects=tuple(replace(o, glow=math.exp(-gap / AFTERGLOW[o.material])) for o, gap in objects))
 
 
 def hear(camera: Camera, thing: Object, times: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

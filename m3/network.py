@@ -1,0 +1,376 @@
+"""Tokenizers, towers and objectives put together: what a batch passes through in training.
+
+Letters: B batch, N content tokens of a modality, S visible slots of a modality, V visible tokens, D width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils.generic import ModelOutput
+
+from m3.backbone import Backbone, BackboneSpec, TowerSpec
+from m3.config import M3Config
+from m3.errors import M3Error, explain, nearest, within
+from m3.masker import Masker
+from m3.partners import Swap, draw_partners, swapped
+from m3.parts import build_spec
+from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
+from m3.positions import Rotary, build_positions
+from m3.random import Draws
+from m3.types import HIDDEN, Batch, Encoded, Loss, MaskPlan, Tokens, take
+
+AnySpec = TypeVar("AnySpec", bound=BackboneSpec)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A batch after tokenising and masking, ready for the network.
+
+    Attributes:
+        tokens: modality -> its tokens, unmasked.
+        plans: view -> which tokens are visible and which are targets; only of the objectives that take part.
+        draws: the batch's random numbers.
+        active: names of the objectives that take part; None: all.
+    """
+
+    tokens: dict[str, Tokens]
+    plans: dict[View, MaskPlan]
+    draws: Draws | None = None
+    active: tuple[str, ...] | None = None
+
+    @property
+    def samples(self) -> int:
+        """B, the number of samples."""
+        return len(next(iter(self.tokens.values())).values)
+
+
+@dataclass
+class M3Output(ModelOutput):
+    """What `M3Model` returns.
+
+    Attributes:
+        loss: () weighted sum of the parts, each divided by its own count.
+        parts: the parts as sums and counts, for dividing over several batches or ranks.
+        rows: objective -> what the other samples of the step must know of these, where only that was asked for.
+    """
+
+    loss: Tensor | None = None
+    parts: Loss | None = None
+    rows: dict[str, dict[str, Tensor]] | None = None
+
+
+def resolved(settings: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the settings of a modality with the content of files in the place of their paths."""
+    own = {key: value for key, value in settings.items() if key not in ("tokenizer", "positions")}
+    part, _ = build_spec("modalities", own, where)
+    return {**settings, **part.resolve(own)}
+
+
+def build_modalities(settings: dict[str, Any]) -> dict[str, Modality]:
+    """Make the modality objects of a config or recipe: name -> settings to name -> `Modality`."""
+    built = {}
+    for name, entry in settings.items():
+        own = {key: value for key, value in entry.items() if key not in ("tokenizer", "positions")}
+        part, spec = build_spec("modalities", own, f"modalities.{name}")
+        built[name] = part(spec)
+    return built
+
+
+class Network(PreTrainedModel):
+    """One transformer, or several towers, over all modalities of a config, with the heads of its objectives."""
+
+    config_class = M3Config
+    base_model_prefix = "m3"
+    main_input_name = "batch"
+    _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own form)
+
+    def __init__(self, config: M3Config) -> None:
+        super().__init__(config)
+        if not config.modalities or not config.objectives:
+            raise M3Error("the config names no modalities or no objectives; build it from a recipe.")
+        spec = _read(BackboneSpec, config.backbone, "backbone")
+        self.modalities = build_modalities(config.modalities)
+        towers = {name: _read(TowerSpec, tower, f"towers.{name}") for name, tower in (config.towers or {}).items()}
+        self.tower_of = _tower_of(towers, self.modalities)
+        self.tokenizers = nn.ModuleDict()
+        self.positions = nn.ModuleDict()
+        for name, modality in self.modalities.items():
+            tower = towers.get(self.tower_of[name], spec)
+            where = f"modalities.{name}.tokenizer"
+            if "tokenizer" not in config.modalities[name]:
+                raise M3Error(f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`.")
+            part, settings = build_spec("tokenizers", config.modalities[name]["tokenizer"], where)
+            tokenizer = self.tokenizers[name] = part(settings, modality.signal, tower.width)
+            config.modalities[name]["tokenizer"] |= tokenizer.pinned
+            tokenizer.positions = config.modalities[name].get("positions", tokenizer.positions)
+            tokenizer.tower = tower
+        objectives = {}
+        for name, entry in config.objectives.items():
+            part, settings = build_spec("objectives", entry, f"objectives.{name}")
+            with within(f"objectives.{name}"):
+                objectives[name] = part(settings, dict(self.tokenizers.items()), spec)
+        self.views: dict[View, Masker] = {}
+        for name, objective in objectives.items():
+            for view in objective.views:
+                with within(f"objectives.{name}"):
+                    self._check_view(view)
+                    self.views[view] = Masker(view, {n: _classes(self._tokenizer(n)) for n in view.modalities})
+        self.modality_embeddings = nn.ParameterDict()
+        self.mask_tokens = nn.ParameterDict()
+        self.towers = nn.ModuleDict()
+        self.backbone = None  # objectives without views bring their own network
+        seen = dict.fromkeys(name for view in self.views for name in view.modalities)
+        hidden = {name for view, mask in self.views.items() if mask.hidden != "drop" for name in view.modalities}
+        for name in self.modalities if self.views else ():
+            tower = towers.get(self.tower_of[name], spec)
+            self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
+            if tower.modality_embedding:
+                self.modality_embeddings[name] = nn.Parameter(torch.empty(1, tower.width))
+            if name in hidden:
+                self.mask_tokens[name] = nn.Parameter(torch.empty(1, tower.width))
+        for tower in dict.fromkeys(self.tower_of[name] for name in seen):
+            if tower:
+                self.towers[tower] = Backbone(towers[tower])
+            else:
+                self.backbone = Backbone(spec)
+        self.objectives = nn.ModuleDict(objectives)
+        self.post_init()
+        self._freeze({name for name, tower in towers.items() if tower.frozen})
+
+    # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
+
+    @torch.no_grad()
+    def prepare(self, batch: Batch, seed: int | None = None, active: tuple[str, ...] | None = None) -> Prepared:
+        """Tokenise a batch and draw its masks.
+
+        Args:
+            batch: raw signals on the model's device.
+            seed: of the masks; the config's if left out.
+            active: names of the objectives that take part; None: all.
+        """
+        tokens = self.tokenise(batch)
+        draws = Draws(batch.keys, self.config.seed if seed is None else seed)
+        views = dict.fromkeys(view for objective in self._active(active).values() for view in objective.views)
+        return Prepared(tokens, {view: self._plan(view, tokens, draws) for view in views}, draws, active)
+
+    def _plan(self, view: View, tokens: dict[str, Tokens], draws: Draws, similarity: Tensor | None = None) -> MaskPlan:
+        """Draw the mask of a view, and who borrows from whom where it mismatches samples."""
+        seen = {name: tokens[name] for name in view.modalities if name in tokens}
+        if not seen:
+            raise M3Error(f"the batch has none of {', '.join(view.modalities)}; give at least one of them.")
+        if not view.swap:
+            return self.views[view](seen, draws)
+        swap = Swap(**json.loads(view.swap))
+        partners = draw_partners(swap, seen, draws, similarity)
+        return replace(self.views[view](swapped(seen, partners), draws), partners=partners)
+
+    @torch.no_grad()
+    def tokenise(self, batch: Batch) -> dict[str, Tokens]:
+        """Normalise the raw signals of a batch and cut them into tokens."""
+        tokens = {}
+        for name, raw in batch.signals.items():
+            if name not in self.modalities:
+                raise M3Error(f"the model has no modality `{name}`.{nearest(name, self.modalities)}")
+            part = self._tokenizer(name).tokenize(self.modalities[name].normalise(raw), batch.times.get(name))
+            if name in batch.is_present:
+                there = batch.is_present[name].unsqueeze(1).expand(-1, part.count)
+                is_valid = there if part.is_valid is None else there & part.is_valid
+                # What stands in for an absent signal must not matter, not even if it is NaN.
+                part = Tokens(part.values.masked_fill(~there.unsqueeze(-1), 0), part.positions, is_valid)
+            tokens[name] = part
+        return {name: tokens[name] for name in self.modalities if name in tokens}
+
+    def counts(self, prepared: Prepared) -> dict[str, Tensor]:
+        """Return the count of every part of the loss that `forward` will return, without running the network."""
+        counts = {}
+        for name, objective in self._active(prepared.active).items():
+            for part, count in objective.counts(prepared.plans, prepared.tokens).items():
+                counts[f"{name}/{part}"] = count
+        return counts
+
+    @property
+    def is_coupled(self) -> bool:
+        """True when a loss joins the samples of a whole step."""
+        return any(isinstance(objective, Coupled) for objective in self._objectives().values())
+
+    @property
+    def part_names(self) -> list[str]:
+        """Names of all parts of the loss, in the order in which `forward` returns them."""
+        return [f"{name}/{part}" for name, objective in self._objectives().items() for part in objective.part_names]
+
+    def forward(
+        self, batch: Batch | Prepared, pools: dict[str, Pool] | None = None, is_only_rows: bool = False
+    ) -> M3Output:
+        """Compute the losses of the objectives.
+
+        Args:
+            batch: raw signals, or what `prepare` made of them.
+            pools: coupled objective -> the rows of all samples of the step; None: the batch is all of the step.
+            is_only_rows: return the coupled objectives' rows of this batch instead of losses.
+        """
+        prepared = self.prepare(batch) if isinstance(batch, Batch) else batch
+        tokens, objectives = prepared.tokens, self._active(prepared.active)
+        if is_only_rows:
+            objectives = {name: o for name, o in objectives.items() if isinstance(o, Coupled)}
+        encoded = self._encode_views(prepared, dict.fromkeys(view for o in objectives.values() for view in o.views))
+        if is_only_rows:
+            return M3Output(rows={n: o.rows(encoded, tokens) for n, o in objectives.items() if isinstance(o, Coupled)})
+        parts = {}
+        for name, objective in objectives.items():
+            if isinstance(objective, Coupled):
+                loss = objective(encoded, tokens, (pools or {}).get(name))
+            else:
+                loss = objective(encoded, tokens)
+            parts |= {f"{name}/{part}": value for part, value in loss.parts.items()}
+        loss = Loss(parts)
+        return M3Output(loss=loss.total(), parts=loss)
+
+    def _encode_views(self, prepared: Prepared, views: Iterable[View]) -> dict[View, Encoded]:
+        """Encode every view once; views whose mismatches depend on similarities come last."""
+        encoded, waiting = {}, []
+        for view in views:
+            swap = Swap(**json.loads(view.swap)) if view.swap else None
+            if swap and swap.by != "random":
+                waiting.append((view, swap))
+            else:
+                encoded[view] = self.encode_tokens(prepared.tokens, prepared.plans[view])
+        for view, swap in waiting:
+            assert prepared.draws is not None, "a view with mismatches by similarity needs the draws of `prepare`"
+            with torch.no_grad():
+                similarity = self.objectives[swap.by].similarity(encoded, swap.of)  # type: ignore[operator]
+            plan = self._plan(view, prepared.tokens, prepared.draws, similarity)
+            encoded[view] = self.encode_tokens(prepared.tokens, plan)
+        return encoded
+
+    def after_step(self) -> None:
+        """Move what learns without gradients, e.g. codebooks; the trainer calls it after each optimizer step."""
+        for objective in self._objectives().values():
+            objective.after_step()
+
+    def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
+        """Embed and encode the visible tokens of one view, and only those."""
+        tower = self._tower(tuple(plan.visible))
+        if plan.partners is not None:
+            tokens = swapped(tokens, plan.partners)
+        slots, angles = {}, {}
+        for name, index in plan.visible.items():
+            x = self._embed(name, take(tokens[name].values, index), plan.shown.get(name))
+            place = self.positions[name]
+            if isinstance(place, Rotary):
+                table = place.angles(tokens[name].positions, tower.head_width)
+                angles[name] = take(table, index).expand(len(x), -1, -1)
+            else:
+                x = x + take(place(tokens[name].positions), index)
+            if name in self.modality_embeddings:
+                x = x + self.modality_embeddings[name]
+            slots[name] = x.to(self.dtype)
+        if not angles:
+            return tower(plan.pack(slots), plan, layers)
+        still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
+        return tower(plan.pack(slots), plan, layers, plan.pack(still | angles))
+
+    def _embed(self, name: str, values: Tensor, shown: Tensor | None) -> Tensor:
+        """Embed token values (B, S, P) -> (B, S, D); `shown` (B, S) says where something else stands in for them."""
+        if shown is not None and not values.is_floating_point():
+            values = torch.where((shown >= 0).unsqueeze(-1), shown.unsqueeze(-1), values)
+        x = self._tokenizer(name).embed(values.to(self.dtype) if values.is_floating_point() else values)
+        if shown is not None and name in self.mask_tokens:
+            x = torch.where((shown == HIDDEN).unsqueeze(-1), self.mask_tokens[name].to(x.dtype), x)
+        return x
+
+    def _tower(self, names: tuple[str, ...]) -> Backbone:
+        """Return the tower that reads these modalities."""
+        found = dict.fromkeys(self.tower_of[name] for name in names)
+        if len(found) > 1:
+            raise M3Error(f"{', '.join(names)} are read by different towers and can't be encoded together; use one.")
+        tower = self.towers[next(iter(found))] if any(found) else self.backbone
+        if tower is None:
+            raise M3Error("the model has no backbone, since none of its objectives has a view; use `M3Tokenizer`.")
+        return tower  # type: ignore[return-value]  # ModuleDict forgets the class of its values
+
+    def _check_view(self, view: View) -> None:
+        """Raise M3Error for a view that no tower can encode, or whose mismatches can't be drawn."""
+        towers = dict.fromkeys(self.tower_of[name] or "backbone" for name in view.modalities)
+        if len(towers) > 1:
+            raise M3Error(
+                f"{', '.join(view.modalities)} can't be encoded together, since different towers read them "
+                f"({', '.join(towers)}); put them into one tower."
+            )
+        swap = Swap(**json.loads(view.swap)) if view.swap else None
+        if swap and swap.of not in view.modalities:
+            raise M3Error(f"`{swap.of}` can't be swapped in a view of {', '.join(view.modalities)}; name one of them.")
+
+    def _freeze(self, towers: set[str]) -> None:
+        """Take frozen towers, with all that leads into them, out of training."""
+        for name, tower in self.tower_of.items():
+            if tower in towers:
+                for part in (self.towers, self.tokenizers, self.positions):
+                    key = tower if part is self.towers else name
+                    if key in part:
+                        part[key].requires_grad_(False)
+                for part in (self.modality_embeddings, self.mask_tokens):
+                    if name in part:
+                        part[name].requires_grad_(False)
+
+    def _tokenizer(self, name: str) -> Tokenizer:
+        return self.tokenizers[name]  # type: ignore[return-value]  # ModuleDict forgets the class of its values
+
+    def _objectives(self) -> dict[str, Objective]:
+        return dict(self.objectives.items())  # type: ignore[arg-type]  # as above
+
+    def _active(self, names: tuple[str, ...] | None) -> dict[str, Objective]:
+        return {name: o for name, o in self._objectives().items() if names is None or name in names}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as MAE does: xavier-uniform matrices, zero biases, N(0, 0.02) tokens and embeddings."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.02)
+        else:
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim > 1:
+                    init.normal_(parameter, std=0.02)
+                else:  # learned log-variances start at 0, weight 1
+                    init.zeros_(parameter)
+
+
+def _read(kind: type[AnySpec], settings: dict[str, Any] | None, where: str) -> AnySpec:
+    from pydantic import ValidationError
+
+    try:
+        return kind(**(settings or {}))
+    except ValidationError as error:
+        raise explain(error, kind, where) from error
+
+
+def _tower_of(towers: dict[str, TowerSpec], modalities: Iterable[str]) -> dict[str, str]:
+    """Return modality -> name of its tower, empty for the shared backbone."""
+    found = dict.fromkeys(modalities, "")
+    for name, tower in towers.items():
+        for modality in tower.modalities:
+            if modality not in found:
+                raise M3Error(f"towers.{name}.modalities: there is no modality `{modality}`.{nearest(modality, found)}")
+            if found[modality]:
+                raise M3Error(f"`{modality}` is in the towers {found[modality]} and {name}; leave it in one.")
+            found[modality] = name
+    return found
+
+
+def _classes(tokenizer: Tokenizer) -> int:
+    """Return how many classes a token may have by itself; 0 where it holds values or several classes."""
+    return tokenizer.signal.classes if tokenizer.value_width == 1 else 0

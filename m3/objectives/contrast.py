@@ -1,0 +1,212 @@
+"""Contrastive learning: what belongs together is alike, what does not is not.
+
+CLIP and FLIP (softmax), SigLIP (sigmoid), LiT (a frozen tower), and any set of modalities, two or more.
+
+The loss joins all samples of a step. A process has the rows of all of them as plain numbers, and its own with
+gradient; it adds up what its own rows contribute to the gradient of the whole loss, so that the sum over processes
+and micro-batches is the gradient of one large batch, exactly, without any communication in the backward pass.
+
+Letters: B samples of the batch, G samples of the step, V visible tokens, D width, E width of the shared space.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
+from torch import Tensor, nn
+
+from m3.backbone import BackboneSpec
+from m3.errors import M3Error
+from m3.linear import Linear
+from m3.objectives.reconstruct import check_modality
+from m3.plugins import Coupled, Pool, Strict, Tokenizer, View
+from m3.processes import gather, rank
+from m3.types import Encoded, Loss, MaskPlan, Part, Tokens, masked_mean
+
+NEVER = -1e9
+"""Logit of a candidate that is not there; finite, so that a step without any gives zero gradients."""
+
+CHUNK = 4096
+"""Rows of the similarity matrix of a step that are computed at once."""
+
+
+class Side(Strict):
+    """One thing that is contrasted with the others.
+
+    Attributes:
+        modalities: what it is made of; the modality of the side's name if left out.
+        masking: what its encoder sees; FLIP drops half of the patches.
+        pool: what becomes its vector: `mean` of the visible tokens, `all`: mean of these and of the class tokens
+            (FLIP's image), `class`: the first class token, `first` or `last` visible token (FLIP's and CLIP's text).
+    """
+
+    modalities: tuple[str, ...] | None = None
+    masking: dict = Field(default={"type": "fixed", "visible": 1.0})
+    pool: Literal["mean", "all", "class", "first", "last"] = "mean"
+
+
+class Contrast(Coupled):
+    """Mean over samples of the loss of telling a sample's other side from those of all other samples."""
+
+    class Spec(Strict):
+        """Settings of `type: contrast`.
+
+        Attributes:
+            sides: name -> what is contrasted, two or more; every pair of them has a part of its own.
+            width: E.
+            loss: `softmax` (InfoNCE in both directions; Radford et al. 2021) or `sigmoid` (Zhai et al. 2023).
+            temperature: at the start; the similarities are divided by it. Published: 0.07 (softmax), 0.1 (sigmoid).
+            lowest: temperature below which it is not learned.
+            bias: of the sigmoid loss at the start.
+        """
+
+        sides: dict[str, Side] = Field(min_length=2)
+        width: PositiveInt = 512
+        loss: Literal["softmax", "sigmoid"] = "softmax"
+        temperature: PositiveFloat = 0.07
+        lowest: PositiveFloat = 0.01
+        bias: float = -10.0
+
+    def __init__(self, spec: Spec, tokenizers: dict[str, Tokenizer], backbone: BackboneSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.side_views: dict[str, View] = {}
+        self.projections = nn.ModuleDict()
+        for name, side in spec.sides.items():
+            modalities = side.modalities or (name,)
+            for modality in modalities:
+                check_modality(f"sides.{name}", modality, tokenizers)
+            tower = tokenizers[modalities[0]].tower
+            if side.pool in ("class", "all") and not tower.class_tokens:
+                raise M3Error(f"sides.{name}.pool: `{side.pool}` needs a class token; set class_tokens: 1.")
+            self.side_views[name] = View(modalities, json.dumps(side.masking, sort_keys=True))
+            self.projections[name] = Linear(tower.width, spec.width, bias=False)
+        self.views = tuple(dict.fromkeys(self.side_views.values()))
+        self.pairs = tuple(itertools.combinations(spec.sides, 2))
+        self.part_names = tuple(f"{a}-{b}" for a, b in self.pairs)
+        # Both are learned as differences from their start, so that fresh weights are zero.
+        self.sharpening = nn.Parameter(torch.zeros(()))
+        self.bias = nn.Parameter(torch.zeros(())) if spec.loss == "sigmoid" else None
+
+    @property
+    def scale(self) -> Tensor:
+        """() factor on the similarities, 1 / temperature."""
+        return (self.sharpening - math.log(self.spec.temperature)).exp()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Keep the temperature at or above its lowest (CLIP: logits scaled by 100 at most), and at or below 1."""
+        start = math.log(self.spec.temperature)
+        self.sharpening.clamp_(start, start - math.log(self.spec.lowest))
+
+    def embed(self, side: str, encoded: Encoded) -> Tensor:
+        """Return unit vectors (B, E) of one side, in float32 or better."""
+        x = self.projections[side](_pool(self.spec.sides[side].pool, encoded))
+        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+
+    def similarity(self, encoded: dict[View, Encoded], of: str) -> Tensor:
+        """Return logits (B, B): row, a sample's other side; column, a sample's side `of`."""
+        a, b = next(pair for pair in self.pairs if of in pair)
+        other = b if a == of else a
+        rows, columns = (self.embed(side, encoded[self.side_views[side]]) for side in (other, of))
+        return self.scale * rows @ columns.T
+
+    def rows(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
+        """Return side -> unit vectors (B, E), and `side is there` -> (B,) bool."""
+        found = {side: self.embed(side, encoded[view]) for side, view in self.side_views.items()}
+        there = {f"{side} is there": _there(encoded[view].plan) for side, view in self.side_views.items()}
+        return found | there
+
+    def forward(  # type: ignore[override]  # as in Coupled
+        self, encoded: dict[View, Encoded], tokens: dict[str, Tokens], pool: Pool | None = None
+    ) -> Loss:
+        """Return one part per pair of sides, named `image-text`."""
+        own = self.rows(encoded, tokens)
+        if pool is None:
+            is_alone = not self.training  # a process may evaluate by itself
+            count = len(next(iter(own.values())))
+            pool = Pool(own, 0) if is_alone else Pool(gather(own), rank() * count)
+        with torch.autocast(next(iter(own.values())).device.type, enabled=False):
+            return Loss({f"{a}-{b}": self._part(a, b, own, pool) for a, b in self.pairs})
+
+    def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
+        """Return the number of samples that have both sides of each pair."""
+        there = {side: _there(plans[view]) for side, view in self.side_views.items()}
+        return {f"{a}-{b}": (there[a] & there[b]).sum().float() for a, b in self.pairs}
+
+    def _part(self, a: str, b: str, own: dict[str, Tensor], pool: Pool) -> Part:
+        """Return this batch's share of the loss of one pair."""
+        others = {side: pool.rows[side].detach() for side in (a, b)}
+        is_there = pool.rows[f"{a} is there"] & pool.rows[f"{b} is there"]  # (G,)
+        mine = slice(pool.start, pool.start + len(own[a]))
+        if self.spec.loss == "sigmoid":
+            total = self._sigmoid(own[a], own[b], others[a], others[b], is_there, mine)
+        else:
+            total = self._softmax(own[a], own[b], others[a], others[b], is_there, mine)
+        return Part(total, is_there[mine].sum().float())
+
+    def _softmax(self, a: Tensor, b: Tensor, all_a: Tensor, all_b: Tensor, is_there: Tensor, mine: slice) -> Tensor:
+        """Cross-entropy of the own rows in both directions, with the gradient of the whole loss to them."""
+        scale, fixed, weight = self.scale, self.scale.detach(), is_there[mine].float()
+        value, rest = torch.zeros((), device=a.device), torch.zeros((), device=a.device)
+        for x, y, all_x, all_y in ((a, b, all_a, all_b), (b, a, all_b, all_a)):
+            logits = (scale * x @ all_y.T).masked_fill(~is_there, NEVER)
+            right = (x * y.detach()).sum(-1)
+            value = value + ((logits.logsumexp(-1) - scale * right).where(weight > 0, 0) * weight).sum() / 2
+            # What the own rows add to the cross-entropies of all rows of the other side, whose candidates they are.
+            with torch.no_grad():
+                normaliser = _logsumexp(fixed * all_y, all_x, is_there)
+                share = (logits.detach() - normaliser).exp() * is_there * weight.unsqueeze(1)
+            rest = rest + fixed * ((share @ all_y * x).sum() - (right * weight).sum()) / 2
+        return value + rest - rest.detach()
+
+    def _sigmoid(self, a: Tensor, b: Tensor, all_a: Tensor, all_b: Tensor, is_there: Tensor, mine: slice) -> Tensor:
+        """Log-loss of every pair of samples, of the own rows with all; the gradient to the own columns comes on top."""
+        assert self.bias is not None
+        bias = self.bias + self.spec.bias
+        is_right = F.one_hot(torch.arange(mine.start, mine.stop, device=a.device), len(all_a)).bool()
+        counts = is_there[mine].unsqueeze(1) & is_there
+
+        def losses(x: Tensor, candidates: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+            logits = scale * x @ candidates.T + bias
+            return (-F.logsigmoid(torch.where(is_right, logits, -logits)) * counts).sum()
+
+        rest = losses(b, all_a, self.scale.detach(), bias.detach())
+        return losses(a, all_b, self.scale, bias) + rest - rest.detach()
+
+
+def _logsumexp(x: Tensor, candidates: Tensor, is_there: Tensor) -> Tensor:
+    """Return (G,) log of the sum of exp(x @ candidates^T) over the candidates that are there, chunk by chunk."""
+    parts = [
+        (piece @ candidates.T).masked_fill(~is_there, NEVER).logsumexp(-1) for piece in x.split(CHUNK)
+    ]
+    return torch.cat(parts)
+
+
+def _there(plan: MaskPlan) -> Tensor:
+    """Return (B,) bool, True for samples of which the encoder sees anything."""
+    if plan.is_valid is not None:
+        return plan.is_valid.any(1)
+    index = next(iter(plan.visible.values()))
+    return torch.ones(len(index), dtype=torch.bool, device=index.device)
+
+
+def _pool(kind: str, encoded: Encoded) -> Tensor:
+    """Make one vector (B, D) of the states of a view."""
+    if kind == "class":
+        return encoded.prefix[:, 0]
+    if kind == "all":
+        return masked_mean(encoded.sequence, encoded.is_valid)
+    if kind == "mean":
+        return encoded.pooled
+    is_valid = encoded.plan.is_valid
+    if kind == "first" or is_valid is None:  # valid tokens come first
+        return encoded.states[:, 0 if kind == "first" else -1]
+    last = (is_valid.sum(1) - 1).clamp(min=0)
+    return encoded.states[torch.arange(len(last), device=last.device), last]
