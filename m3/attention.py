@@ -42,7 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q: queries.
         k: keys.
         v: values.
-        mask: (B, 1, 1, C) bool, True for keys that take part; None: all do.
+        mask: (B, 1, 1 or N, C) bool, True for keys that take part; None: all do.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= LONGEST:
         return _Products.apply(q, k, v, mask)
@@ -86,14 +86,22 @@ def _check_heads(width: int, heads: int) -> int:
     return heads
 
 
+def _head_norms(width: int, bias: bool, eps: float | None) -> tuple[nn.Module, nn.Module]:
+    """Make the norms of queries and keys within a head; `eps` None: they stay as they are."""
+    if eps is None:
+        return nn.Identity(), nn.Identity()
+    return nn.LayerNorm(width, eps=eps, bias=bias), nn.LayerNorm(width, eps=eps, bias=bias)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one projection for queries, keys and values, in this order."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, bias: bool = True, qk_eps: float | None = None) -> None:
         super().__init__()
         self.heads = _check_heads(width, heads)
-        self.qkv = Linear(width, 3 * width)
-        self.projection = Linear(width, width)
+        self.qkv = Linear(width, 3 * width, bias=bias)
+        self.projection = Linear(width, width, bias=bias)
+        self.q_norm, self.k_norm = _head_norms(width // heads, bias, qk_eps)
 
     def forward(
         self,
@@ -106,19 +114,21 @@ class SelfAttention(nn.Module):
 
         Args:
             x: the tokens.
-            mask: (B, 1, 1, N) bool, True for keys that take part.
+            mask: (B, 1, 1 or N, N) bool, True for keys that take part.
             keep: (B, T) int64, tokens whose result is wanted; only these become queries -> (B, T, D).
             turn: cosines and sines (B, 1, N, E / 2) of rotary positions; not together with `keep`.
         """
         batch, count, width = x.shape
         if keep is None:
             q, k, v = self._heads(self.qkv(x), 3)
+            q, k = self.q_norm(q), self.k_norm(k)
             if turn is not None:
                 q, k = rotate(q, turn), rotate(k, turn)
         else:
             weight, bias = self.qkv.weight, self.qkv.bias
-            (q,) = self._heads(linear(take(x, keep), weight[:width], bias[:width]), 1)
-            k, v = self._heads(linear(x, weight[width:], bias[width:]), 2)
+            (q,) = self._heads(linear(take(x, keep), weight[:width], None if bias is None else bias[:width]), 1)
+            k, v = self._heads(linear(x, weight[width:], None if bias is None else bias[width:]), 2)
+            q, k = self.q_norm(q), self.k_norm(k)
             count = keep.shape[1]
         return self.projection(attend(q, k, v, mask).transpose(1, 2).reshape(batch, count, width))
 
@@ -130,17 +140,18 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Multi-head attention of queries to a context."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, bias: bool = True, qk_eps: float | None = None) -> None:
         super().__init__()
         self.heads = _check_heads(width, heads)
-        self.q = Linear(width, width)
-        self.kv = Linear(width, 2 * width)
-        self.projection = Linear(width, width)
+        self.q = Linear(width, width, bias=bias)
+        self.kv = Linear(width, 2 * width, bias=bias)
+        self.projection = Linear(width, width, bias=bias)
+        self.q_norm, self.k_norm = _head_norms(width // heads, bias, qk_eps)
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """Let x (B, N, D) attend to context (B, C, D) -> (B, N, D); mask (B, 1, 1, C) True for keys that take part."""
         batch, count, width = x.shape
         q = self.q(x).view(batch, count, self.heads, -1).transpose(1, 2)
         k, v = self.kv(context).view(batch, context.shape[1], 2, self.heads, -1).permute(2, 0, 3, 1, 4)
-        x = attend(q, k, v, mask)
+        x = attend(self.q_norm(q), self.k_norm(k), v, mask)
         return self.projection(x.transpose(1, 2).reshape(batch, count, width))

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
@@ -36,6 +37,25 @@ SIZES = {
 }
 
 
+class Style(NamedTuple):
+    """What transformer blocks are made of.
+
+    Attributes:
+        mlp: `gelu`: Linear, GELU (erf), Linear; `swiglu`: a gated one of two thirds of the hidden width (Shazeer 2020).
+        bias: biases in all linear layers and norms.
+        qk_norm: LayerNorm of queries and keys, per head.
+        layer_scale: start of a learned factor per channel on each branch; None: no factor.
+    """
+
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None
+
+
+PLAIN = Style()
+
+
 class BackboneSpec(Strict):
     """The `backbone` section of a recipe.
 
@@ -52,6 +72,10 @@ class BackboneSpec(Strict):
             the axes in order (MultiMAE).
         modality_embedding: add a learned vector per modality to its tokens (MultiMAE: no, the projections'
             biases do it).
+        mlp: `gelu` or `swiglu`; as the following ones also of the decoders, see `Style`.
+        bias: biases in linear layers and norms.
+        qk_norm: LayerNorm of queries and keys.
+        layer_scale: start of a learned factor per channel on each branch; null: none.
     """
 
     width: PositiveInt = 768
@@ -63,6 +87,15 @@ class BackboneSpec(Strict):
     norm_eps: PositiveFloat = 1e-6
     axis_order: Literal["xy", "yx"] = "xy"
     modality_embedding: bool = False
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    bias: bool = True
+    qk_norm: bool = False
+    layer_scale: PositiveFloat | None = None
+
+    @property
+    def style(self) -> Style:
+        """What the blocks are made of."""
+        return Style(self.mlp, self.bias, self.qk_norm, self.layer_scale)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> BackboneSpec:
@@ -86,26 +119,44 @@ class TowerSpec(BackboneSpec):
 class MLP(nn.Module):
     """Linear, GELU (erf), Linear."""
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
         super().__init__()
-        self.fc1 = Linear(width, hidden)
+        self.fc1 = Linear(width, hidden, bias=bias)
         self.activation = nn.GELU()
-        self.fc2 = Linear(hidden, width)
+        self.fc2 = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
         return self.fc2(self.activation(self.fc1(x)))
 
 
+class SwiGLU(nn.Module):
+    """fc2(silu(fc1 x) * fc3 x), with two thirds of the hidden width, so that it has as many weights as an MLP."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
+        super().__init__()
+        hidden = int(2 * hidden / 3)
+        self.fc1 = Linear(width, hidden, bias=bias)
+        self.fc3 = Linear(width, hidden, bias=bias)
+        self.fc2 = Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float) -> None:
+    def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float, style: Style = PLAIN) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
-        self.attention = SelfAttention(width, heads)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.norm1 = nn.LayerNorm(width, eps=eps, bias=style.bias)
+        self.attention = SelfAttention(width, heads, style.bias, eps if style.qk_norm else None)
+        self.norm2 = nn.LayerNorm(width, eps=eps, bias=style.bias)
+        self.mlp = feed_forward(width, mlp_ratio, style)
+        self.scale1 = self.scale2 = None
+        if style.layer_scale is not None:
+            self.scale1, self.scale2 = Scale(width, style.layer_scale), Scale(width, style.layer_scale)
 
     def forward(
         self,
@@ -123,8 +174,29 @@ class Block(nn.Module):
             turn: cosines and sines (B, 1, N, E / 2) of rotary positions.
         """
         attended = self.attention(self.norm1(x), mask, keep, turn)
+        if self.scale1 is not None:
+            attended = self.scale1(attended)
         x = (x if keep is None else take(x, keep)) + attended
-        return x + self.mlp(self.norm2(x))
+        changed = self.mlp(self.norm2(x))
+        return x + (changed if self.scale2 is None else self.scale2(changed))
+
+
+class Scale(nn.Module):
+    """A learned factor per channel (Touvron et al. 2021, LayerScale), kept as the difference from its start."""
+
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.start = start
+        self.difference = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale (..., D)."""
+        return x * (self.start + self.difference)
+
+
+def feed_forward(width: int, ratio: float, style: Style) -> MLP | SwiGLU:
+    """Make the part of a block that works on each token by itself."""
+    return (SwiGLU if style.mlp == "swiglu" else MLP)(width, int(width * ratio), style.bias)
 
 
 class Backbone(nn.Module):
@@ -137,9 +209,10 @@ class Backbone(nn.Module):
         # No batch axis: with two axes the tokens get weight decay, as MAE's (1, 1, D) class token does.
         self.prefix = nn.Parameter(torch.empty(spec.class_tokens, spec.width)) if spec.class_tokens else None
         self.blocks = nn.ModuleList(
-            [Block(spec.width, spec.heads, spec.mlp_ratio, spec.norm_eps) for _ in range(spec.depth)]
+            [Block(spec.width, spec.heads, spec.mlp_ratio, spec.norm_eps, spec.style) for _ in range(spec.depth)]
         )
-        self.norm = nn.LayerNorm(spec.width, eps=spec.norm_eps) if spec.final_norm else nn.Identity()
+        norm = nn.LayerNorm(spec.width, eps=spec.norm_eps, bias=spec.bias)
+        self.norm = norm if spec.final_norm else nn.Identity()
 
     def forward(self, x: Tensor, plan: MaskPlan, layers: Iterable[int] = (), angles: Tensor | None = None) -> Encoded:
         """Encode packed visible tokens.

@@ -71,7 +71,10 @@ class SelfDecoder(nn.Module):
         self.embed = Linear(backbone.width, spec.width)
         self.mask_token = nn.Parameter(torch.empty(1, spec.width))
         self.blocks = nn.ModuleList(
-            [Block(spec.width, spec.heads, backbone.mlp_ratio, backbone.norm_eps) for _ in range(spec.depth)]
+            [
+                Block(spec.width, spec.heads, backbone.mlp_ratio, backbone.norm_eps, backbone.style)
+                for _ in range(spec.depth)
+            ]
         )
         self.norm = nn.LayerNorm(spec.width, eps=backbone.norm_eps)
         self.output = Linear(spec.width, outputs)
@@ -135,7 +138,9 @@ class CrossDecoder(nn.Module):
         self.attention = CrossAttention(width, spec.heads)
         self.norm = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, int(width * backbone.mlp_ratio))
-        self.blocks = nn.ModuleList([Block(width, spec.heads, backbone.mlp_ratio, eps) for _ in range(spec.depth)])
+        self.blocks = nn.ModuleList(
+            [Block(width, spec.heads, backbone.mlp_ratio, eps, backbone.style) for _ in range(spec.depth)]
+        )
         self.output = Linear(width, outputs)
 
     def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:

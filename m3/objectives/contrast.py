@@ -183,9 +183,7 @@ class Contrast(Coupled):
 
 def _logsumexp(x: Tensor, candidates: Tensor, is_there: Tensor) -> Tensor:
     """Return (G,) log of the sum of exp(x @ candidates^T) over the candidates that are there, chunk by chunk."""
-    parts = [
-        (piece @ candidates.T).masked_fill(~is_there, NEVER).logsumexp(-1) for piece in x.split(CHUNK)
-    ]
+    parts = [(piece @ candidates.T).masked_fill(~is_there, NEVER).logsumexp(-1) for piece in x.split(CHUNK)]
     return torch.cat(parts)
 
 

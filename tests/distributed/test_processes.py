@@ -13,12 +13,12 @@ SCRIPT = Path(__file__).with_name("gradients.py")
 ROOT = SCRIPT.parents[2]
 
 
-def launch(out: Path, processes: int, micro: int) -> dict[str, torch.Tensor]:
+def launch(recipe: str, out: Path, processes: int, micro: int) -> dict[str, torch.Tensor]:
     # `accelerate launch --cpu --num_processes 2` starts one process only; torchrun starts as many as it is told.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [*command, str(SCRIPT), str(out), str(micro), str(processes)],
+        [*command, str(SCRIPT), recipe, str(out), str(micro), str(processes)],
         env=environment,
         capture_output=True,
         text=True,
@@ -28,17 +28,20 @@ def launch(out: Path, processes: int, micro: int) -> dict[str, torch.Tensor]:
     return load_file(out)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return launch(tmp_path_factory.mktemp("whole") / "1x8.safetensors", processes=1, micro=8)
+@pytest.fixture(scope="module", params=["multimae_tiny", "contrast"])
+def whole(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
+    """One batch of 8 in one process: what an objective of single samples and losses that join a step give."""
+    folder = tmp_path_factory.mktemp("whole")
+    return request.param, launch(request.param, folder / "1x8.safetensors", processes=1, micro=8)
 
 
 @pytest.mark.parametrize(("processes", "micro"), [(1, 4), (1, 1), (2, 4), (2, 2)])
 def test_cutting_the_batch_changes_nothing(tmp_path: Path, whole, processes: int, micro: int) -> None:
-    found = launch(tmp_path / "cut.safetensors", processes, micro)
-    assert found.keys() == whole.keys()
-    torch.testing.assert_close(found["counts"], whole["counts"], rtol=0, atol=0)
-    torch.testing.assert_close(found["loss"], whole["loss"], rtol=1e-6, atol=1e-6)
-    for name, gradient in whole.items():
+    recipe, expected = whole
+    found = launch(recipe, tmp_path / "cut.safetensors", processes, micro)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found["counts"], expected["counts"], rtol=0, atol=0)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-6, atol=1e-6)
+    for name, gradient in expected.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
