@@ -166,3 +166,52 @@ class CrossDecoder(nn.Module):
         """Return (1 or B, N, d): where and of which modality each token of `name` is."""
         mark = self.modality_embeddings[name]
         return self.positions[name](tokens[name].positions).to(mark.dtype) + mark
+
+
+class Head(nn.Module):
+    """The encoder's own states at hidden tokens, read by a layer or two: SimMIM, BEiT, BERT and UNITER.
+
+    Needs a masking that replaces hidden tokens (`hidden: replace` or `mix`).
+    """
+
+    class Spec(Strict):
+        """Settings of `type: head`.
+
+        Attributes:
+            hidden: width of a layer before the output, with GELU and a norm (BERT); null: none (SimMIM, BEiT).
+        """
+
+        hidden: PositiveInt | None = None
+
+    def __init__(
+        self,
+        spec: Spec,
+        backbone: BackboneSpec,
+        tokenizers: dict[str, Tokenizer],
+        inputs: tuple[str, ...],
+        modality: str,
+        outputs: int,
+    ) -> None:
+        super().__init__()
+        if modality not in inputs:
+            raise M3Error(
+                f"decoder `head` can't predict {modality}, which the encoder never sees; use `cross_decoder`."
+            )
+        self.modality = modality
+        width = spec.hidden or backbone.width
+        self.hidden = nn.Identity()
+        if spec.hidden:
+            norm = nn.LayerNorm(width, eps=backbone.norm_eps)
+            self.hidden = nn.Sequential(Linear(backbone.width, width), nn.GELU(), norm)
+        self.output = Linear(width, outputs)
+
+    def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
+        """Predict the tokens at index (B, T) -> (B, T, P)."""
+        count = tokens[self.modality].count
+        if encoded.plan.visible[self.modality].shape[1] < count:
+            raise M3Error(
+                f"decoder `head` reads the encoder's states of hidden tokens, but those of {self.modality} are "
+                f"dropped; add `hidden: replace` to the masking."
+            )
+        places = restore_index(encoded.plan, self.modality, count).clamp(max=encoded.states.shape[1] - 1)
+        return self.output(self.hidden(take(take(encoded.states, places), index)))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -102,12 +102,16 @@ class Dirichlet:
             alpha: concentration for all modalities or for each by name; small: few modalities get nearly
                 all, large: all get the same.
             subsets: first draw one of the non-empty sets of modalities uniformly, then share among those.
+            surplus: of a modality with fewer tokens than its share: `others`: it goes to all other tokens at random,
+                so that V are always seen (MultiMAE); `unused`: fewer are seen (4M), shares are rounded down, and a
+                modality may be seen alone.
             scorer: what ranks the tokens.
         """
 
         visible: Amount
         alpha: float | dict[str, float] = 1.0
         subsets: bool = False
+        surplus: Literal["others", "unused"] = "others"
         scorer: dict = Field(default={"type": "uniform"})
 
     def __init__(self, spec: Spec) -> None:
@@ -127,11 +131,14 @@ class Dirichlet:
         counts = {name: part.count for name, part in tokens.items()}
         length = amount(self.spec.visible, sum(counts.values()))
         scores = self.scorer(tokens, draws)
-        quotas = (self._shares(tokens, draws) * length).round()  # (B, M)
-        is_wanted = torch.cat(
-            [_rank(scores[name], p.is_valid) < quotas[:, i : i + 1] for i, (name, p) in enumerate(tokens.items())],
-            1,
-        )
+        quotas = self._shares(tokens, draws) * length  # (B, M)
+        quotas = quotas.round() if self.spec.surplus == "others" else (quotas + 1e-4).floor()
+        ranked = [_rank(scores[name], part.is_valid) for name, part in tokens.items()]
+        wanted = {name: ranked[i] < quotas[:, i : i + 1] for i, name in enumerate(tokens)}
+        slots = {name: min(length, n) for name, n in counts.items()}
+        if self.spec.surplus == "unused":
+            return assemble(tokens, {n: _existing(x, tokens[n]) for n, x in wanted.items()}, slots, length, True)
+        is_wanted = torch.cat(list(wanted.values()), 1)
         # Wanted tokens come first, in random order; then the others, in random order; padding last.
         # Each modality draws for itself: how far another one is filled up must not change a sample's mask.
         level = torch.cat([draws.uniform(f"level/{name}", count) for name, count in counts.items()], 1)
@@ -141,7 +148,6 @@ class Dirichlet:
         if is_valid is not None:
             chosen = chosen & is_valid
         is_visible = dict(zip(counts, chosen.split(list(counts.values()), dim=1), strict=True))
-        slots = {name: min(length, n) for name, n in counts.items()}
         return assemble(tokens, is_visible, slots, length)
 
     def _shares(self, tokens: dict[str, Tokens], draws: Draws) -> Tensor:
@@ -242,10 +248,7 @@ def explicit(tokens: dict[str, Tokens], is_visible: dict[str, Tensor]) -> MaskPl
                 f"the mask of `{name}` must have shape {tuple(shape)} (samples, tokens), got {tuple(mask.shape)}; "
                 f"give one True or False for every token."
             )
-    seen = {
-        name: is_visible[name] if part.is_valid is None else is_visible[name] & part.is_valid
-        for name, part in tokens.items()
-    }
+    seen = {name: _existing(is_visible[name], part) for name, part in tokens.items()}
     counts = torch.stack([mask.sum(1) for mask in seen.values()])  # (M, B)
     slots = dict(zip(seen, counts.amax(1).tolist(), strict=True))
     totals = counts.sum(0)
@@ -289,6 +292,11 @@ def assemble(
     filled = torch.cat(list(is_filled.values()), dim=1)
     order = torch.argsort(~filled, dim=1, stable=True)[:, :length]
     return MaskPlan(visible, target, is_target, order, None if all_valid else take(filled, order))
+
+
+def _existing(mask: Tensor, part: Tokens) -> Tensor:
+    """Return mask (B, N) without the tokens that don't exist."""
+    return mask if part.is_valid is None else mask & part.is_valid
 
 
 def _scorer(settings: dict):
