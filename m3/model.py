@@ -18,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 from m3 import masking
 from m3.backbone import Backbone, BackboneSpec
 from m3.config import M3Config
-from m3.errors import M3Error, explain, nearest, within
+from m3.errors import M3Error, nearest, read_settings, within
 from m3.parts import build_spec
 from m3.plugins import Modality, Objective, Predictor, Signal, Tokenizer, View
 from m3.positions import Rotary, build_positions
@@ -360,9 +360,4 @@ def _seen_tokens(tokens: Tokens, plan: MaskPlan, name: str) -> Tensor:
 
 
 def _backbone_spec(config: M3Config) -> BackboneSpec:
-    from pydantic import ValidationError
-
-    try:
-        return BackboneSpec(**(config.backbone or {}))
-    except ValidationError as error:
-        raise explain(error, BackboneSpec, "backbone") from error
+    return read_settings(BackboneSpec, config.backbone or {}, "backbone")

@@ -57,9 +57,10 @@ class Samples(Dataset[Loaded]):
         position, index = at
         skipped: list[str] = []
         reasons: set[str | None] = set()
-        count = min(TRIES, len(self.source))
+        length = len(self.source)
+        count, epoch = min(TRIES, length), position // self.spec.repeats // length
         for shift in range(count):
-            number = (index + shift) % len(self.source)
+            number = self.source.at(epoch, (index + shift) % length)
             try:
                 return self.fit(self._read(number), position, tuple(skipped))
             except Exception as error:  # whatever a broken file raises; it is counted, named and limited
@@ -68,7 +69,7 @@ class Samples(Dataset[Loaded]):
         reason = next(iter(reasons))
         if reason and len(reasons) == 1 and count > 1:  # a setting, not a broken file
             raise M3Error(f"the recipe does not fit the data, {count} samples in a row fail alike: {reason}")
-        what = f"{count} samples in a row" if count < len(self.source) else f"all {count} samples of the data"
+        what = f"{count} samples in a row" if count < length else f"all {count} samples of the data"
         raise M3Error(f"{what} can't be read; the first: {skipped[0]}")
 
     def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch | M3Error:

@@ -61,6 +61,10 @@ class Source(ABC):
     def __len__(self) -> int:
         """Return the number of samples of this split."""
 
+    def at(self, epoch: int, index: int) -> int:
+        """Return the number under which draw `index` of an epoch is read: the same in every epoch, if not a mixture."""
+        return index
+
     @abstractmethod
     def read(self, index: int) -> Sample:
         """Read sample `index`, 0 <= index < len. Raises any error whose text says what is wrong with it."""

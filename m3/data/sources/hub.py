@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from m3.data.files import Stored, encode
 from m3.data.source import Sample, Source, Split, StoredSample, decode, numbers_of_split
-from m3.errors import M3Error, explain, nearest
+from m3.errors import M3Error, nearest, read_settings
 from m3.plugins import Modality, Strict
 from m3.recipe import DataSpec
 
@@ -47,10 +47,7 @@ class Hub(Source):
 
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
-        try:
-            options = Options(**spec.options)
-        except ValidationError as error:
-            raise explain(error, Options, "data.options") from error
+        options = read_settings(Options, spec.options, "data.options")
         if options.streaming:
             raise M3Error(
                 "data.options.streaming: a stream has no numbered samples, which order and resuming rest on; set it "
@@ -110,7 +107,9 @@ def _open(options: Options) -> Any:
     try:
         datasets = importlib.import_module("datasets")
     except ImportError as error:
-        raise M3Error("data.source: `hub` needs the package `datasets`; run `pip install datasets`.") from error
+        raise M3Error(
+            "data.source: `hub` needs the package `datasets`; run `pip install 'm3-multimodal[hub]'`."
+        ) from error
     path = Path(options.path).expanduser()
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
