@@ -7,7 +7,7 @@ at step s needs to know nothing but s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from m3.data.geometry import random_crop
-from m3.data.source import Sample, Source
+from m3.data.source import Drawn, Sample, Source
 from m3.errors import M3Error, nearest
 from m3.plugins import Crop, Modality
 from m3.random import stream_number
@@ -72,11 +72,15 @@ class Samples(Dataset[Loaded]):
         what = f"{count} samples in a row" if count < length else f"all {count} samples of the data"
         raise M3Error(f"{what} can't be read; the first: {skipped[0]}")
 
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch | M3Error:
+    def __getitems__(self, pairs: list[tuple[int, int]] | Drawn) -> Batch | M3Error:
         """Read and collate a micro-batch; called by torch's loader.
 
         A mistake is returned: raised in a worker process, it would reach the user inside a traceback.
         """
+        if isinstance(pairs, Drawn):
+            assert self.source.stream is not None, "rows of a stream come from a source that has one"
+            source = self.source.stream.source(pairs.rows)
+            return Samples(source, self.modalities, self.spec, self.seed).__getitems__(pairs.pairs)
         try:
             return self.collate([self[pair] for pair in pairs])
         except M3Error as error:
@@ -237,7 +241,7 @@ def shuffled(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-def train_loader(samples: Samples, order: Order, workers: int) -> Iterator[Batch]:
+def train_loader(samples: Samples, order: Iterable[Any], workers: int) -> Iterator[Batch]:
     """Yield the micro-batches of one process.
 
     Raises:
@@ -245,7 +249,7 @@ def train_loader(samples: Samples, order: Order, workers: int) -> Iterator[Batch
     """
     loader = DataLoader(
         samples,
-        batch_sampler=order,  # type: ignore[arg-type]  # yields (position, index) pairs instead of indices
+        batch_sampler=order,  # type: ignore[arg-type]  # yields (position, index) pairs, or rows of a stream
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),

@@ -35,7 +35,7 @@ ORDER = (
     {"backbone", "masking", "modalities", "tokenizers"},
     {"heads", "coders", "recipe"},
     {"objectives", "data.source", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
-    {"data.sources", "data.pack", "data.check", "data.loader", "model", "progress"},
+    {"data.sources", "data.pack", "data.check", "data.loader", "data.stream", "model", "progress"},
     {"processor", "evaluate", "tokenizer_model"},
     {"show"},
     {"train", "held_out", "reconstruct", "tokenize_data"},

@@ -347,9 +347,7 @@ def test_without_the_library_its_name_is_given(monkeypatch: Any) -> None:
         hub({"path": "some/set"}, "image")
 
 
-def test_streams_and_unknown_options_are_refused() -> None:
-    with pytest.raises(M3Error, match=r"data.options.streaming: a stream has no numbered samples.*m3 data pack"):
-        hub({"path": "some/set", "streaming": True}, "image")
+def test_unknown_options_are_refused() -> None:
     with pytest.raises(M3Error, match=r"data.options.pat: unknown key. Did you mean `path`\?"):
         hub({"path": "a", "pat": "b"}, "image")
 

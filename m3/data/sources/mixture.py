@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat
 
-from m3.data.source import Sample, Source, Split, StoredSample, coverage, open_source
+from m3.data.source import Sample, Source, Split, StoredSample, coverage, open_source, refuse_stream
 from m3.errors import M3Error, nearest, read_settings
 from m3.plugins import Modality, Strict
 from m3.recipe import DataSpec
@@ -122,7 +122,9 @@ class Mixture(Source):
                 )
         chosen = {modality: self.modalities[modality] for modality in self.modalities if modality in names}
         try:
-            return part.weight, open_source(spec, chosen, self.seed, self.split)
+            source = open_source(spec, chosen, self.seed, self.split)
+            refuse_stream(source, "a mixture")
+            return part.weight, source
         except M3Error as error:
             raise M3Error(f"{where}: {error}") from error
 
