@@ -7,6 +7,7 @@ at step s needs to know nothing but s.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from m3.data.augment import Photometric, check_geometry
 from m3.data.geometry import random_crop
 from m3.data.source import Drawn, Sample, Source
 from m3.errors import M3Error, nearest
@@ -49,7 +51,9 @@ class Samples(Dataset[Loaded]):
         for name in spec.drop if isinstance(spec.drop, dict) else ():
             if name not in modalities:
                 raise M3Error(f"data.drop names `{name}`, which is no modality.{nearest(name, modalities)}")
+        check_geometry(spec, modalities)
         self.source, self.modalities, self.spec, self.seed = source, modalities, spec, seed
+        self.photometric = Photometric(spec.augment, modalities)
         self._last: tuple[int, Sample] | None = None
 
     def __getitem__(self, at: tuple[int, int]) -> Loaded:
@@ -79,8 +83,9 @@ class Samples(Dataset[Loaded]):
         """
         if isinstance(pairs, Drawn):
             assert self.source.stream is not None, "rows of a stream come from a source that has one"
-            source = self.source.stream.source(pairs.rows)
-            return Samples(source, self.modalities, self.spec, self.seed).__getitems__(pairs.pairs)
+            own = copy.copy(self)
+            own.source, own._last = self.source.stream.source(pairs.rows), None
+            return own.__getitems__(pairs.pairs)
         try:
             return self.collate([self[pair] for pair in pairs])
         except M3Error as error:
@@ -110,8 +115,9 @@ class Samples(Dataset[Loaded]):
         raw = {name: self.modalities[name].to_raw(part) for name, part in parts.items()}
         crop = self._crop(raw, draws.getrandbits(63)) if is_training else Crop()
         known = {name: self.modalities[name].times(part) for name, part in parts.items()}
+        fitted = fit_together(raw, self.modalities, crop)
         return Loaded(
-            fit_together(raw, self.modalities, crop),
+            self.photometric(fitted, f"{self.seed}/{position}") if is_training else fitted,
             position,
             sample.id,
             {name: times for name, times in known.items() if times is not None},

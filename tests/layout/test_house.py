@@ -34,7 +34,7 @@ ORDER = (
     {"data.world", "data.video", "data.sound", "data.words"},
     {"backbone", "masking", "modalities", "tokenizers"},
     {"heads", "coders", "recipe"},
-    {"objectives", "data.source", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
+    {"objectives", "data.source", "data.augment", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
     {"data.sources", "data.pack", "data.check", "data.loader", "data.stream", "model", "progress"},
     {"processor", "evaluate", "tokenizer_model"},
     {"show"},
