@@ -26,7 +26,7 @@ from tqdm import tqdm
 from m3 import checkpoint
 from m3.config import M3Config
 from m3.data.loader import Order, Samples, train_loader
-from m3.data.source import Source, Split
+from m3.data.source import Source, Split, describe_coverage
 from m3.data.source import open_source as open_data
 from m3.data.stream import Place, StreamOrder, load_place
 from m3.ema import Average
@@ -100,6 +100,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     average = Average(raw_model, spec.ema) if spec.ema else None
     network: Any = compiled(model) if spec.compile else model
     describe(console, recipe, raw_model, plan, accelerator)
+    console.print(describe_coverage(source), highlight=False, soft_wrap=True)
     skipped = Skipped(console, "samples", length, recipe.data.max_unreadable)
     held_out = HeldOut(recipe, raw_model, samples, open_source(recipe, raw_model, "held_out"), skipped, console)
 

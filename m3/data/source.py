@@ -156,6 +156,13 @@ def coverage(source: Source, samples: int = 256) -> dict[str, float]:
     return {name: sum(name in signals for signals in read) / max(1, count) for name in source.modalities}
 
 
+def describe_coverage(source: Source) -> str:
+    """Say in a line how many samples there are and which share of them has each modality, as far as it is known."""
+    count = f"the first {len(source)} samples of the stream" if source.stream else f"{len(source)} training samples"
+    have = ", ".join(f"{name} {share:.1%}" for name, share in (source.coverage() or {}).items())
+    return f"{count}: {have}" if have else count
+
+
 def decode(stored: StoredSample, modalities: dict[str, Modality]) -> Sample:
     """Load the files of a sample.
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image as PILImage
 
 from m3.data.loader import Order, Samples, train_loader
-from m3.data.source import Source, coverage, open_source
+from m3.data.source import Source, coverage, describe_coverage, open_source
 from m3.data.sources.mixture import Mixture, interleave, shares, spread
 from m3.errors import M3Error
 from m3.modalities.image import Image
@@ -167,6 +167,15 @@ def test_samples_may_lack_modalities_only_where_the_recipe_allows_it(tmp_path: P
     }
     assert coverage(source) == {"image": 0.75, "depth": 0.5}
     assert {name: len(file.data) > 0 for name, file in source.stored(1).files.items()} == {"image": True, "depth": True}
+
+
+def test_a_run_is_told_which_share_of_the_samples_has_a_modality(tmp_path: Path) -> None:
+    for key in ("a", "b", "c"):
+        picture(tmp_path / f"image/{key}.png", 1)
+    picture(tmp_path / "depth/b.png", 2)
+    source = open_data(DataSpec(source="folder", root=str(tmp_path), missing="allow"), "image", "depth")
+    assert describe_coverage(source) == "3 training samples: image 100.0%, depth 33.3%"
+    assert describe_coverage(open_data(DataSpec(samples=5), "image")) == "5 training samples"
 
 
 def test_an_address_is_left_as_it_is_and_a_path_made_absolute(tmp_path: Path, monkeypatch: Any) -> None:

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file
 
 from m3.data.loader import Order, Samples, first_batches, train_loader
-from m3.data.source import Row, Sample, Source, Stream, coverage, open_source
+from m3.data.source import Row, Sample, Source, Stream, coverage, describe_coverage, open_source
 from m3.data.stream import Place, StreamOrder, load_place
 from m3.errors import M3Error
 from m3.modalities.image import Image
@@ -315,6 +315,7 @@ def test_gaps_in_a_stream_are_named_or_allowed(rows: Path) -> None:
         open_source(spec, parts, 0, "train")
     source = open_source(spec.model_copy(update={"missing": "allow"}), parts, 0, "train")
     assert coverage(source) == {"image": 1.0, "words": 8 / 9}
+    assert describe_coverage(source) == "the first 9 samples of the stream: image 100.0%, words 88.9%"
     assert "words" not in source.read(0).signals
 
 
