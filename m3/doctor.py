@@ -21,6 +21,7 @@ OPTIONAL = {
     "open_clip": ("open-clip-torch", "CLIP teachers and text tokenizers", "vision"),
     "torchaudio": ("torchaudio", "audio", "audio"),
     "av": ("av", "video files", "video"),
+    "datasets": ("datasets", "data sets of the Hugging Face hub", "hub"),
     "sentencepiece": ("sentencepiece", "sentencepiece vocabularies", "all"),
     "webdataset": ("webdataset", "tar shards", "all"),
     "tensorboard": ("tensorboard", "the default tracker", "all"),

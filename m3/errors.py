@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+
+Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class M3Error(ValueError):
@@ -34,6 +37,20 @@ def nearest(name: str, options: Iterable[str]) -> str:
     if close:
         return f" Did you mean `{close[0]}`?"
     return f" Valid: {', '.join(f'`{option}`' for option in options)}." if options else ""
+
+
+def read_settings(model: type[Settings], settings: dict[str, Any], where: str) -> Settings:
+    """Fill a settings model from a part of a recipe; raise pydantic's first complaint as a sentence.
+
+    Args:
+        model: what the settings must fit.
+        settings: key -> value.
+        where: their key path, put in front.
+    """
+    try:
+        return model(**settings)
+    except ValidationError as error:
+        raise explain(error, model, where) from error
 
 
 def explain(error: ValidationError, model: type[BaseModel], where: str) -> M3Error:

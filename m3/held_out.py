@@ -13,7 +13,7 @@ from m3.evaluate.reconstruction import Average, Row, fit_averages, measure
 from m3.model import M3Model
 from m3.progress import HELD_OUT, Skipped, append
 from m3.recipe import Recipe
-from m3.show import preview
+from m3.show import metrics_table, preview
 
 BATCH = 32
 AVERAGED_SAMPLES = 512
@@ -75,3 +75,19 @@ class HeldOut:
         preview(self.model, batch.to(self.model.device), views, picture, seed)
         self.model.train()
         return rows
+
+    def conclude(self, rows: list[Row], console: Console) -> None:
+        """Print what there is to see at the end of a run."""
+        run = self.recipe.folder
+        if rows:
+            console.print(metrics_table(rows))
+        for skipped in {id(s): s for s in (self.train_skipped, self.skipped)}.values():
+            skipped.report()
+        note = "" if self.is_there else " (of training samples)"
+        console.print(
+            f"Picture{note}: {run / 'preview.png'}    metrics: {run / 'metrics.jsonl'}\nLoad it:\n"
+            f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{run / "model"}")\n'
+            f'  processor = M3Processor.from_pretrained("{run / "model"}")',
+            highlight=False,
+            soft_wrap=True,
+        )

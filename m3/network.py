@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.utils.generic import ModelOutput
 
 from m3.backbone import Backbone, BackboneSpec, TowerSpec
 from m3.config import M3Config
-from m3.errors import M3Error, explain, nearest, within
+from m3.errors import M3Error, nearest, read_settings, within
 from m3.masker import Masker
 from m3.partners import Swap, draw_partners, swapped
 from m3.parts import build_spec
@@ -26,8 +26,6 @@ from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
 from m3.positions import Rotary, build_positions
 from m3.random import Draws
 from m3.types import HIDDEN, Batch, Encoded, Loss, MaskPlan, Tokens, take
-
-AnySpec = TypeVar("AnySpec", bound=BackboneSpec)
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,11 @@ class Network(PreTrainedModel):
         super().__init__(config)
         if not config.modalities or not config.objectives:
             raise M3Error("the config names no modalities or no objectives; build it from a recipe.")
-        spec = _read(BackboneSpec, config.backbone, "backbone")
+        spec = read_settings(BackboneSpec, config.backbone or {}, "backbone")
         self.modalities = build_modalities(config.modalities)
-        towers = {name: _read(TowerSpec, tower, f"towers.{name}") for name, tower in (config.towers or {}).items()}
+        towers = {
+            name: read_settings(TowerSpec, tower, f"towers.{name}") for name, tower in (config.towers or {}).items()
+        }
         self.tower_of = _tower_of(towers, self.modalities)
         self.tokenizers = nn.ModuleDict()
         self.positions = nn.ModuleDict()
@@ -348,15 +348,6 @@ class Network(PreTrainedModel):
                     init.normal_(parameter, std=0.02)
                 else:  # learned log-variances start at 0, weight 1
                     init.zeros_(parameter)
-
-
-def _read(kind: type[AnySpec], settings: dict[str, Any] | None, where: str) -> AnySpec:
-    from pydantic import ValidationError
-
-    try:
-        return kind(**(settings or {}))
-    except ValidationError as error:
-        raise explain(error, kind, where) from error
 
 
 def _tower_of(towers: dict[str, TowerSpec], modalities: Iterable[str]) -> dict[str, str]:

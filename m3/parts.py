@@ -13,9 +13,7 @@ import pkgutil
 from importlib.metadata import entry_points
 from typing import Any
 
-from pydantic import ValidationError
-
-from m3.errors import M3Error, explain, nearest
+from m3.errors import M3Error, nearest, read_settings
 
 # Where the built-in parts of each kind live: a folder of files, or one file that holds them all.
 HOMES = {
@@ -110,7 +108,4 @@ def build_spec(kind: str, settings: dict[str, Any], where: str) -> tuple[Any, An
         part = find(kind, str(settings.pop("type")))
     except M3Error as error:
         raise M3Error(f"{where}.type: {error}") from error
-    try:
-        return part, part.Spec(**settings)
-    except ValidationError as error:
-        raise explain(error, part.Spec, where) from error
+    return part, read_settings(part.Spec, settings, where)

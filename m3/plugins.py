@@ -100,6 +100,15 @@ class Modality(ABC):
     is_map: ClassVar[bool] = False
     """True where the last two axes of a raw sample are height and width, which the random crop is drawn for."""
 
+    @property
+    def follows(self) -> frozenset[str]:
+        """Random decisions about the pictures of a sample, `crop` and `flip`, after which `fit` still says the truth.
+
+        A crop that does not concern a signal leaves it true; a flip makes all wrong that tells left from right and
+        can't be mirrored, as a sentence.
+        """
+        return frozenset({"crop", "flip"} if self.is_map else {"crop"})
+
     padding: ClassVar[float | None] = None
     """What fills up shorter samples of a batch (NaN for values, -1 for ids); None: all have the same size."""
 

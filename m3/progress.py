@@ -23,7 +23,7 @@ HELD_OUT = "held_out/"
 class Skipped:
     """The samples that could not be read, each counted once."""
 
-    def __init__(self, console: Console, what: str, samples: int, limit: float) -> None:
+    def __init__(self, console: Console, what: str, samples: int | None, limit: float) -> None:
         self.console, self.what, self.samples, self.limit = console, what, samples, limit
         self.seen = 0
         self.messages: dict[str, None] = {}
@@ -35,7 +35,7 @@ class Skipped:
             if message not in self.messages and len(self.messages) < 3:
                 self.console.print(f"[yellow]skipped[/] {message}", highlight=False, soft_wrap=True)
             self.messages[message] = None
-        seen = min(self.seen, self.samples)
+        seen = self.seen if self.samples is None else min(self.seen, self.samples)
         if len(self.messages) > 10 + self.limit * seen:
             raise M3Error(
                 f"{len(self.messages)} of {seen} {self.what} can't be read, more than data.max_unreadable = "

@@ -34,6 +34,18 @@ PositiveShare = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
+class AugmentSpec(Strict):
+    """One entry of `data.augment`; its other settings are those of the transform in torchvision.transforms.v2.
+
+    Attributes:
+        type: the transform, e.g. `color_jitter` for ColorJitter.
+        chance: probability that it is applied at all.
+    """
+
+    type: str
+    chance: Share = 1.0
+
+
 class DataSpec(Strict):
     """The `data` section.
 
@@ -46,6 +58,7 @@ class DataSpec(Strict):
         held_out: samples kept for evaluation, never trained on.
         crop: smallest and largest share of the area of a random crop; null: no random crop.
         flip: probability of a horizontal flip.
+        augment: modality of pictures -> random changes of their colours in training, each an `AugmentSpec`.
         repeats: crops of a sample that are used in a row, from one reading (repeated augmentation).
         drop: probability that a training sample loses a modality, for all or for each by name; one always stays.
         workers: processes that load data; 0 loads in the training process.
@@ -60,6 +73,7 @@ class DataSpec(Strict):
     held_out: NonNegativeInt = 256
     crop: tuple[PositiveShare, PositiveShare] | None = None
     flip: float = Field(default=0.0, ge=0, le=1)
+    augment: dict[str, list[dict[str, Any]]] = Field(default={})
     repeats: PositiveInt = 1
     drop: Share | dict[str, Share] = 0.0
     workers: NonNegativeInt = 2

@@ -34,18 +34,20 @@ class Plan(NamedTuple):
     min_lr: float
 
 
-def plan_run(spec: TrainSpec, samples: int, world: int) -> Plan:
+def plan_run(spec: TrainSpec, samples: int | None, world: int) -> Plan:
     """Work out steps, micro-batches and learning rate.
 
     Args:
         spec: the `train` section.
-        samples: length of the training source.
+        samples: length of the training source; None: unknown.
         world: number of processes.
 
     Raises:
-        M3Error: the batch can't be cut evenly.
+        M3Error: the batch can't be cut evenly, or epochs are asked for of a stream.
     """
-    unit = 1 if spec.steps is not None else samples / spec.batch_size
+    if spec.steps is None and samples is None:
+        raise M3Error("train.epochs: nobody knows how many samples a stream has; give train.steps instead.")
+    unit = 1 if spec.steps is not None else (samples or 0) / spec.batch_size
     steps = spec.steps if spec.steps is not None else max(1, round((spec.epochs or 0) * unit))
     micro = spec.micro_batch or spec.batch_size // world
     if micro == 0 or spec.batch_size % (micro * world):

@@ -20,7 +20,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from m3.data.loader import Loaded, collate
-from m3.data.source import Source, Split
+from m3.data.source import Source, Split, refuse_stream
 from m3.errors import M3Error
 from m3.parts import find
 from m3.plugins import Crop
@@ -53,6 +53,7 @@ def tokenize(path: str, recipe: Recipe, out: Path, per_shard: int) -> None:
     modalities = {tokenizer.name: tokenizer.modality}
     build = find("sources", recipe.data.source)
     sources = {name: build(recipe.data, modalities, recipe.seed, split) for split, name in FOLDERS}
+    refuse_stream(sources["train"], "tokenizing data")
     facts = {"tokenizer": fingerprint(path), "codes": tokenizer.codes, "grid": list(tokenizer.grid)}
     facts |= {"per_shard": per_shard, "seed": recipe.seed, "data": recipe.data.model_dump(mode="json")}
     _claim(out, json.loads(json.dumps(facts)), rank)

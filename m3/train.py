@@ -25,8 +25,9 @@ from tqdm import tqdm
 from m3 import checkpoint
 from m3.config import M3Config
 from m3.data.loader import Order, Samples, train_loader
-from m3.data.source import Source, Split
+from m3.data.source import Source, Split, describe_coverage
 from m3.data.source import open_source as open_data
+from m3.data.stream import Place, StreamOrder, load_place
 from m3.ema import Average
 from m3.errors import M3Error, nearest
 from m3.evaluate.reconstruction import Row, check_tasks
@@ -42,7 +43,7 @@ from m3.processor import M3Processor
 from m3.progress import Clock, Skipped, append, are_finite, cut, no_progress_bars, not_finite
 from m3.recipe import Recipe, dump_recipe
 from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, plan_run
-from m3.show import count_parameters, metrics_table
+from m3.show import count_parameters
 from m3.types import Loss
 
 
@@ -102,13 +103,15 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     check_tasks(raw_model, recipe.evaluate.tasks)
     source = open_source(recipe, raw_model, "train")
     samples = Samples(source, raw_model.modalities, recipe.data, recipe.seed)
-    plan = plan_run(spec, len(source) * recipe.data.repeats, world)  # an epoch is all samples in all their crops
+    length = None if source.stream else len(source)
+    plan = plan_run(spec, length and length * recipe.data.repeats, world)  # an epoch is all samples in all their crops
     optimizer = make_optimizer(raw_model, spec)
     model, optimizer = accelerator.prepare(raw_model, optimizer)
     average = Average(raw_model, spec.ema) if spec.ema else None
     network: Any = compiled(model) if spec.compile else model
     describe(console, recipe, raw_model, plan, accelerator)
-    skipped = Skipped(console, "samples", len(source), recipe.data.max_unreadable)
+    console.print(describe_coverage(source), highlight=False, soft_wrap=True)
+    skipped = Skipped(console, "samples", length, recipe.data.max_unreadable)
     held_out = HeldOut(recipe, raw_model, samples, open_source(recipe, raw_model, "held_out"), skipped, console)
 
     # ------------------------------------------------------------------------------------ where to start
@@ -120,6 +123,9 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     shares = (plan.micro_batch, plan.accumulation, rank, world)
     order = Order(len(source), recipe.seed, *shares, start, plan.steps, recipe.data.repeats)
+    if source.stream:
+        place = load_place(checkpoint.folder_of(run, start), rank, world) if start else Place()
+        order = StreamOrder(source.stream, order, place)
     batches = iter(train_loader(samples, order, recipe.data.workers))
     clock = Clock(start, spec.batch_size)
 
@@ -162,7 +168,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             if done % (spec.save_every or max(1, plan.steps // 10)) == 0 or done == plan.steps:
                 if not all(bool(p.isfinite().all()) for p in raw_model.parameters()):  # never over good ones
                     raise not_finite(done, "the weights", checkpoint.newest(run))
-                save(accelerator, run, {"step": done, **facts}, average, spec.keep)
+                save(accelerator, run, {"step": done, **facts}, average, spec.keep, order)
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
                 if accelerator.is_main_process:
                     held_out.evaluate(done, run / "previews" / f"step-{done:08d}.png")
@@ -173,7 +179,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     if accelerator.is_main_process:
         save_model(recipe, raw_model, average)
         rows = held_out.evaluate(plan.steps, run / "preview.png")
-        conclude(run, rows, held_out, console)
+        held_out.conclude(rows, console)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return rows
@@ -298,13 +304,22 @@ def open_run(recipe: Recipe, start: int, steps: int, console: Console) -> None:
     cut(run, start, start == steps)
 
 
-def save(accelerator: Accelerator, run: Path, state: dict[str, Any], average: Average | None, keep: int) -> None:
+def save(
+    accelerator: Accelerator,
+    run: Path,
+    state: dict[str, Any],
+    average: Average | None,
+    keep: int,
+    order: Order | StreamOrder,
+) -> None:
     """Write a checkpoint of the step that `state` names; every process takes part."""
 
     def fill(folder: Path) -> None:
         accelerator.save_state(str(folder))
         if average and accelerator.is_main_process:
             save_file(average.state_dict(), folder / "ema.safetensors")
+        if isinstance(order, StreamOrder):
+            order.save(folder, state["step"])
 
     target = checkpoint.folder_of(run, state["step"])
     checkpoint.write(target, fill, state, accelerator.is_main_process, accelerator.wait_for_everyone)
@@ -365,22 +380,6 @@ def save_model(recipe: Recipe, model: M3Model, average: Average | None) -> None:
         (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
         if weights:
             weights.swap(model)
-
-
-def conclude(run: Path, rows: list[Row], held_out: HeldOut, console: Console) -> None:
-    """Print what there is to see."""
-    if rows:
-        console.print(metrics_table(rows))
-    for skipped in {id(s): s for s in (held_out.train_skipped, held_out.skipped)}.values():
-        skipped.report()
-    note = "" if held_out.is_there else " (of training samples)"
-    console.print(
-        f"Picture{note}: {run / 'preview.png'}    metrics: {run / 'metrics.jsonl'}\nLoad it:\n"
-        f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{run / "model"}")\n'
-        f'  processor = M3Processor.from_pretrained("{run / "model"}")',
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ class Audio(Modality):
         """Values (B, C, T, F)."""
         return Signal("values", self.spec.channels, (self.spec.frames, self.spec.bands), has_gaps=True)
 
+    @property
+    def follows(self) -> frozenset[str]:
+        """A flip changes left and right of two channels, and nothing of one; what others mean is not known."""
+        return frozenset({"crop", "flip"} if self.spec.channels <= 2 else {"crop"})
+
     def blank(self, count: int) -> Tensor:
         """Return spectrograms of the mean, float32 (B, T, C, F)."""
         return torch.full((count, self.spec.frames, self.spec.channels, self.spec.bands), self.spec.mean)
@@ -91,8 +96,8 @@ class Audio(Modality):
         return sound._replace(samples=np.atleast_2d(sound.samples))
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
-        """Keep a spectrogram as it is: `cut` chose the part, and a picture's crop means nothing to it."""
-        return raw
+        """Change left and right where the picture is mirrored; its crop means nothing here: `cut` chose the part."""
+        return raw.flip(1) if crop.is_flipped else raw
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn log-mel (B, T, C, F) into (B, C, T, F) around 0."""

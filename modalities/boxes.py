@@ -58,6 +58,11 @@ class Boxes(Modality):
         classes = 4 * self.spec.bins + len(self.spec.labels)
         return Signal("classes", 1, (5 * self.spec.count,), classes, has_gaps=True)
 
+    @property
+    def follows(self) -> frozenset[str]:
+        """Boxes are cut and mirrored like the picture."""
+        return frozenset({"crop", "flip"})
+
     def blank(self, count: int) -> Tensor:
         """Return boxes of no extent, float32 (B, n, 5)."""
         return torch.zeros(count, self.spec.count, 5)

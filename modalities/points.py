@@ -69,6 +69,11 @@ class Points(Modality):
         """Values (B, P, 3 + A); rows without a point are NaN."""
         return Signal("values", 3 + self.spec.attributes, (self.spec.count,), has_gaps=True, channel_axis=-1)
 
+    @property
+    def follows(self) -> frozenset[str]:
+        """A flip mirrors x, which points to the picture's right; attributes may be directions, which it would miss."""
+        return frozenset({"crop"} if self.spec.attributes else {"crop", "flip"})
+
     def blank(self, count: int) -> Tensor:
         """Return clouds of points at 0, float32 (B, P, 3 + A)."""
         return torch.zeros(count, self.spec.count, 3 + self.spec.attributes)
@@ -117,7 +122,7 @@ class Points(Modality):
         """Choose `count` points by a fixed permutation, in their old order, or fill up with NaN rows.
 
         Crops don't apply; a flip mirrors x about the centre that `normalise` subtracts. Attributes stay as
-        they are, so clouds with normals must not be flipped.
+        they are, see `follows`.
         """
         total, count = len(raw), self.spec.count
         if total > count:

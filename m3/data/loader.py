@@ -7,7 +7,8 @@ at step s needs to know nothing but s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from m3.data.augment import Photometric, check_geometry
 from m3.data.geometry import random_crop
-from m3.data.source import Sample, Source
+from m3.data.source import Drawn, Sample, Source
 from m3.errors import M3Error, nearest
 from m3.plugins import Crop, Modality
 from m3.random import stream_number
@@ -49,7 +51,9 @@ class Samples(Dataset[Loaded]):
         for name in spec.drop if isinstance(spec.drop, dict) else ():
             if name not in modalities:
                 raise M3Error(f"data.drop names `{name}`, which is no modality.{nearest(name, modalities)}")
+        check_geometry(spec, modalities)
         self.source, self.modalities, self.spec, self.seed = source, modalities, spec, seed
+        self.photometric = Photometric(spec.augment, modalities)
         self._last: tuple[int, Sample] | None = None
 
     def __getitem__(self, at: tuple[int, int]) -> Loaded:
@@ -57,9 +61,10 @@ class Samples(Dataset[Loaded]):
         position, index = at
         skipped: list[str] = []
         reasons: set[str | None] = set()
-        count = min(TRIES, len(self.source))
+        length = len(self.source)
+        count, epoch = min(TRIES, length), position // self.spec.repeats // length
         for shift in range(count):
-            number = (index + shift) % len(self.source)
+            number = self.source.at(epoch, (index + shift) % length)
             try:
                 return self.fit(self._read(number), position, tuple(skipped))
             except Exception as error:  # whatever a broken file raises; it is counted, named and limited
@@ -68,14 +73,19 @@ class Samples(Dataset[Loaded]):
         reason = next(iter(reasons))
         if reason and len(reasons) == 1 and count > 1:  # a setting, not a broken file
             raise M3Error(f"the recipe does not fit the data, {count} samples in a row fail alike: {reason}")
-        what = f"{count} samples in a row" if count < len(self.source) else f"all {count} samples of the data"
+        what = f"{count} samples in a row" if count < length else f"all {count} samples of the data"
         raise M3Error(f"{what} can't be read; the first: {skipped[0]}")
 
-    def __getitems__(self, pairs: list[tuple[int, int]]) -> Batch | M3Error:
+    def __getitems__(self, pairs: list[tuple[int, int]] | Drawn) -> Batch | M3Error:
         """Read and collate a micro-batch; called by torch's loader.
 
         A mistake is returned: raised in a worker process, it would reach the user inside a traceback.
         """
+        if isinstance(pairs, Drawn):
+            assert self.source.stream is not None, "rows of a stream come from a source that has one"
+            own = copy.copy(self)
+            own.source, own._last = self.source.stream.source(pairs.rows), None
+            return own.__getitems__(pairs.pairs)
         try:
             return self.collate([self[pair] for pair in pairs])
         except M3Error as error:
@@ -105,8 +115,9 @@ class Samples(Dataset[Loaded]):
         raw = {name: self.modalities[name].to_raw(part) for name, part in parts.items()}
         crop = self._crop(raw, draws.getrandbits(63)) if is_training else Crop()
         known = {name: self.modalities[name].times(part) for name, part in parts.items()}
+        fitted = fit_together(raw, self.modalities, crop)
         return Loaded(
-            fit_together(raw, self.modalities, crop),
+            self.photometric(fitted, f"{self.seed}/{position}") if is_training else fitted,
             position,
             sample.id,
             {name: times for name, times in known.items() if times is not None},
@@ -236,7 +247,7 @@ def shuffled(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-def train_loader(samples: Samples, order: Order, workers: int) -> Iterator[Batch]:
+def train_loader(samples: Samples, order: Iterable[Any], workers: int) -> Iterator[Batch]:
     """Yield the micro-batches of one process.
 
     Raises:
@@ -244,7 +255,7 @@ def train_loader(samples: Samples, order: Order, workers: int) -> Iterator[Batch
     """
     loader = DataLoader(
         samples,
-        batch_sampler=order,  # type: ignore[arg-type]  # yields (position, index) pairs instead of indices
+        batch_sampler=order,  # type: ignore[arg-type]  # yields (position, index) pairs, or rows of a stream
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 
 from m3.data.files import Stored
 from m3.data.shards import LABELS, index_of, join_name, split_name
-from m3.data.source import Source, StoredSample
+from m3.data.source import Source, StoredSample, refuse_stream
 from m3.errors import M3Error
 from m3.plugins import Modality
 
@@ -61,6 +61,7 @@ def pack(
     Raises:
         M3Error: a sample can't be read or stored, or `out` holds tars of another pack; names it.
     """
+    refuse_stream(source, "m3 data pack")
     folders = [""] if layout == "one" else list(modalities)
     count = -(-len(source) // per_shard)
     _refuse_others(out, {f"{number:06d}.tar" for number in range(count)}, folders)

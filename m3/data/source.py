@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import heapq
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from m3.data.files import Member, Stored, encode
 from m3.errors import M3Error
@@ -48,8 +48,23 @@ class StoredSample:
     labels: dict[str, int] = field(default_factory=dict)
 
 
+class Row(NamedTuple):
+    """One sample of a stream, not yet decoded: what the process that reads the stream sends to a worker.
+
+    Attributes:
+        id: as in `Sample`.
+        values: what the stream gave.
+    """
+
+    id: str
+    values: dict[str, Any]
+
+
 class Source(ABC):
     """Numbered samples. Reading one depends on nothing but its number, so workers may do it in any order."""
+
+    stream: Stream | None = None
+    """Where training gets its samples from if nobody knows how many there are; the numbered ones are its first."""
 
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         self.spec = spec
@@ -60,6 +75,10 @@ class Source(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of samples of this split."""
+
+    def at(self, epoch: int, index: int) -> int:
+        """Return the number under which draw `index` of an epoch is read: the same in every epoch, if not a mixture."""
+        return index
 
     @abstractmethod
     def read(self, index: int) -> Sample:
@@ -77,6 +96,44 @@ class Source(ABC):
     def coverage(self) -> dict[str, float] | None:
         """Return modality -> share in [0, 1] of the samples that have it; None: known only by reading them."""
         return None
+
+
+class Stream(ABC):
+    """Samples that can only be read one after the other, in shards, each from its beginning.
+
+    Attributes:
+        shards: how many there are.
+        buffer: samples that are shuffled together.
+    """
+
+    shards: int
+    buffer: int
+
+    @abstractmethod
+    def rows(self, shard: int, first: int) -> Iterator[tuple[int, Row]]:
+        """Yield the rows of a shard, from number `first` on, with their numbers; the same ones every time."""
+
+    @abstractmethod
+    def source(self, rows: list[Row]) -> Source:
+        """Return a source of these rows, numbered as they lie; called in the workers."""
+
+
+class Drawn(NamedTuple):
+    """A micro-batch of a stream on its way to a worker.
+
+    Attributes:
+        pairs: (position in the run, number among `rows`) of every sample.
+        rows: those that it is made of.
+    """
+
+    pairs: list[tuple[int, int]]
+    rows: list[Row]
+
+
+def refuse_stream(source: Source, what: str) -> None:
+    """Raise where samples are needed by their number and a source has them as a stream."""
+    if source.stream:
+        raise M3Error(f"{what} needs samples that can be counted, not a stream; set data.options.streaming=false.")
 
 
 def open_source(spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> Source:
@@ -97,6 +154,13 @@ def coverage(source: Source, samples: int = 256) -> dict[str, float]:
     count = min(samples, len(source))
     read = [source.read(i * len(source) // count).signals for i in range(count)]
     return {name: sum(name in signals for signals in read) / max(1, count) for name in source.modalities}
+
+
+def describe_coverage(source: Source) -> str:
+    """Say in a line how many samples there are and which share of them has each modality, as far as it is known."""
+    count = f"the first {len(source)} samples of the stream" if source.stream else f"{len(source)} training samples"
+    have = ", ".join(f"{name} {share:.1%}" for name, share in (source.coverage() or {}).items())
+    return f"{count}: {have}" if have else count
 
 
 def decode(stored: StoredSample, modalities: dict[str, Modality]) -> Sample:

@@ -98,7 +98,7 @@ def recipe(out: Path, **changes) -> Recipe:
             "drop": 0.5,
             "repeats": 2,
             "crop": [0.5, 1.0],
-            "flip": 0.5,
+            "augment": {"image": [{"type": "color_jitter", "brightness": 0.4}]},
         },
         "train": {
             "steps": 3,

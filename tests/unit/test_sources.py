@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from m3.data.source import Source, coverage, open_source
-from m3.data.sources.mixture import interleave, shares
+from m3.data.loader import Order, Samples, train_loader
+from m3.data.source import Source, coverage, describe_coverage, open_source
+from m3.data.sources.mixture import Mixture, interleave, shares, spread
 from m3.errors import M3Error
 from m3.modalities.image import Image
 from m3.plugins import Modality
@@ -168,6 +169,15 @@ def test_samples_may_lack_modalities_only_where_the_recipe_allows_it(tmp_path: P
     assert {name: len(file.data) > 0 for name, file in source.stored(1).files.items()} == {"image": True, "depth": True}
 
 
+def test_a_run_is_told_which_share_of_the_samples_has_a_modality(tmp_path: Path) -> None:
+    for key in ("a", "b", "c"):
+        picture(tmp_path / f"image/{key}.png", 1)
+    picture(tmp_path / "depth/b.png", 2)
+    source = open_data(DataSpec(source="folder", root=str(tmp_path), missing="allow"), "image", "depth")
+    assert describe_coverage(source) == "3 training samples: image 100.0%, depth 33.3%"
+    assert describe_coverage(open_data(DataSpec(samples=5), "image")) == "5 training samples"
+
+
 def test_an_address_is_left_as_it_is_and_a_path_made_absolute(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     assert DataSpec(source="shards", root="s3://bucket/a/../b").root == "s3://bucket/a/../b"
@@ -205,6 +215,17 @@ def test_draws_are_interleaved_evenly_and_each_comes_once(draws: list[int]) -> N
         assert all(abs(counts[part] - stop * n / total) <= len(draws) / 2 for part, n in enumerate(draws))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 10, 89, 100, 720])
+def test_a_round_through_a_part_is_a_permutation_that_begins_spread_out(size: int) -> None:
+    order = [spread(turn, size) for turn in range(size)]
+    assert sorted(order) == list(range(size))
+    assert [spread(turn + size, size) for turn in range(size)] == order
+    for seen in range(2, size + 1):
+        points = sorted(order[:seen])
+        gaps = [after - before for before, after in zip(points, [*points[1:], points[0] + size], strict=True)]
+        assert max(gaps) <= 4 * size / seen + 1
+
+
 def parts_of(tmp_path: Path, sizes: dict[str, int]) -> dict[str, dict[str, Any]]:
     for base, (name, size) in enumerate(sizes.items()):
         for i in range(size):
@@ -232,6 +253,58 @@ def test_a_mixture_draws_by_weight_over_an_epoch(tmp_path: Path) -> None:
         assert source.stored(i).id == ids[i]
     equal = open_data(spec.model_copy(update={"samples": None}), "image")
     assert len(equal) == 50
+
+
+def visited(source: Mixture, part: str, epochs: int) -> list[str]:
+    """Ids of one part over some epochs, in the order of the draws."""
+    drawn = [source.name(source.at(epoch, i)) for epoch in range(epochs) for i in range(len(source))]
+    return [key for key in drawn if key.startswith(part)]
+
+
+def test_over_epochs_every_sample_of_a_large_part_comes_once_before_any_comes_again(tmp_path: Path) -> None:
+    parts = parts_of(tmp_path, {"few": 5, "many": 45})
+    parts["few"]["weight"], parts["many"]["weight"] = 3.0, 1.0
+    spec = DataSpec(source="mixture", options={"sources": parts}, samples=28)  # 7 of `many`: 45 are no multiple of it
+    source = open_data(spec, "image")
+    assert isinstance(source, Mixture)
+    in_turn = visited(source, "many", 13)
+    assert len(in_turn) == 13 * 7
+    everything = [f"many/{i:03d}" for i in range(45)]
+    assert sorted(in_turn[:45]) == sorted(in_turn[45:90]) == everything
+    few = visited(source, "few", 5)
+    assert len(few) == 105
+    assert set(Counter(few).values()) == {21}
+    assert open_data(spec, "image").read(source.at(9, 3)).id == source.name(9 * 28 + 3)  # nothing is remembered
+
+
+def test_a_mixture_in_a_mixture_goes_on_through_all_its_samples(tmp_path: Path) -> None:
+    parts = parts_of(tmp_path, {"a": 3, "b": 8})
+    inner = {"source": "mixture", "options": {"sources": parts}, "samples": 4, "held_out": 0}
+    source = open_data(DataSpec(source="mixture", options={"sources": {"both": inner}}, samples=2), "image")
+    ids = [source.name(source.at(epoch, i)) for epoch in range(16) for i in range(2)]
+    assert set(Counter(key for key in ids if "/b/" in key).values()) == {2}
+    assert {key for key in ids if "/b/" in key} == {f"both/b/{i:03d}" for i in range(8)}
+
+
+def test_the_loader_tells_a_mixture_the_epoch_however_it_is_cut_and_continued(tmp_path: Path) -> None:
+    parts = parts_of(tmp_path, {"few": 2, "many": 9})
+    parts["few"]["weight"] = 2.0
+    spec = DataSpec(source="mixture", options={"sources": parts}, samples=6, repeats=2)
+    samples = Samples(open_data(spec, "image"), modalities("image"), spec, 0)
+
+    def drawn(micro: int, accumulation: int, world: int, start: int = 0) -> dict[int, str]:
+        orders = [Order(6, 0, micro, accumulation, rank, world, start, 15, repeats=2) for rank in range(world)]
+        batches = [batch for order in orders for batch in train_loader(samples, order, 0)]
+        return {key: name for batch in batches for key, name in zip(batch.keys.tolist(), batch.ids, strict=True)}
+
+    whole = drawn(4, 1, 1)
+    assert sorted(whole) == list(range(60))
+    assert drawn(2, 1, 2) == drawn(1, 4, 1) == whole
+    assert drawn(2, 1, 2, start=7) == {position: name for position, name in whole.items() if position >= 28}
+    of_many = [whole[position] for position in range(60) if "many" in whole[position]]
+    assert set(Counter(of_many[:16]).values()) == {2}
+    assert len(set(of_many[:16])) == 8  # four epochs of 2 draws, each used twice
+    assert set(of_many) == {f"many/{i:03d}" for i in range(9)}
 
 
 def test_parts_have_the_modalities_they_name(tmp_path: Path) -> None:
@@ -279,13 +352,11 @@ def hub(options: dict[str, Any], *names: str, **more: Any) -> Source:
 
 def test_without_the_library_its_name_is_given(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(M3Error, match=r"`hub` needs the package `datasets`; run `pip install datasets`"):
+    with pytest.raises(M3Error, match=r"`hub` needs the package `datasets`; run `pip install 'm3-multimodal\[hub\]'`"):
         hub({"path": "some/set"}, "image")
 
 
-def test_streams_and_unknown_options_are_refused() -> None:
-    with pytest.raises(M3Error, match=r"data.options.streaming: a stream has no numbered samples.*m3 data pack"):
-        hub({"path": "some/set", "streaming": True}, "image")
+def test_unknown_options_are_refused() -> None:
     with pytest.raises(M3Error, match=r"data.options.pat: unknown key. Did you mean `path`\?"):
         hub({"path": "a", "pat": "b"}, "image")
 

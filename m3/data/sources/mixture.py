@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
+from math import gcd
 from typing import Any
 
-from pydantic import Field, PositiveFloat, ValidationError
+from pydantic import Field, PositiveFloat
 
-from m3.data.source import Sample, Source, Split, StoredSample, coverage, open_source
-from m3.errors import M3Error, explain, nearest
+from m3.data.source import Sample, Source, Split, StoredSample, coverage, open_source, refuse_stream
+from m3.errors import M3Error, nearest, read_settings
 from m3.plugins import Modality, Strict
 from m3.recipe import DataSpec
+
+GOLDEN = (5**0.5 - 1) / 2
 
 OWN = ("source", "root", "options", "missing", "samples", "held_out")
 """Keys of `data` that every part has of its own; the others belong to the mixture."""
@@ -46,16 +49,13 @@ class Mixture(Source):
     """Draws from its parts in proportion to their weights, spread evenly; ids are <part>/<id of the part>.
 
     An epoch has `samples` draws, or as many as the parts have samples together. Each part gets its share of
-    them, exact to one sample. A part that is drawn more often than it has samples repeats them equally often; of
-    one that is drawn less often, every epoch uses the same evenly spread samples: raise `samples` to use all.
+    them, exact to one sample. Every part goes through its own samples round by round, over the ends of epochs: none
+    comes again before all have come, and what an epoch draws of a part lies spread over it.
     """
 
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
-        try:
-            options = Options(**spec.options)
-        except ValidationError as error:
-            raise explain(error, Options, "data.options") from error
+        options = read_settings(Options, spec.options, "data.options")
         parts = {name: self._open(name, settings) for name, settings in options.sources.items()}
         for name, (_, source) in parts.items():
             if split == "train" and not len(source):
@@ -68,6 +68,10 @@ class Mixture(Source):
 
     def __len__(self) -> int:
         return self.length
+
+    def at(self, epoch: int, index: int) -> int:
+        """Count the draws through all epochs."""
+        return epoch * self.length + index
 
     def read(self, index: int) -> Sample:
         """Read from the part that this draw belongs to."""
@@ -94,11 +98,13 @@ class Mixture(Source):
         }
 
     def place(self, index: int) -> tuple[str, int]:
-        """Return the part of draw `index` and the number of its sample there."""
+        """Return the part of draw `index`, counted through all epochs, and the number of its sample there."""
+        epoch, index = divmod(index, self.length)
         part, draw = interleave(index, self.draws)
         name = list(self.parts)[part]
-        size, draws = len(self.parts[name]), self.draws[part]
-        return name, draw % size if draws >= size else draw * size // draws
+        source = self.parts[name]
+        number, turn = divmod(epoch * self.draws[part] + draw, len(source))
+        return name, source.at(number, spread(turn, len(source)))
 
     def _open(self, name: str, settings: dict[str, Any]) -> tuple[float, Source]:
         where = f"data.options.sources.{name}"
@@ -106,11 +112,8 @@ class Mixture(Source):
         for key in own:
             if key in DataSpec.model_fields and key not in OWN:
                 raise M3Error(f"{where}.{key}: this belongs to the whole mixture; set data.{key}.")
-        try:
-            part = Part(**{key: value for key, value in settings.items() if key in Part.model_fields})
-            spec = DataSpec(**own)
-        except ValidationError as error:
-            raise explain(error, DataSpec, where) from error
+        part = read_settings(Part, {k: value for k, value in settings.items() if k in Part.model_fields}, where)
+        spec = read_settings(DataSpec, own, where)
         names = self.modalities if part.modalities is None else part.modalities
         for modality in names:
             if modality not in self.modalities:
@@ -119,7 +122,9 @@ class Mixture(Source):
                 )
         chosen = {modality: self.modalities[modality] for modality in self.modalities if modality in names}
         try:
-            return part.weight, open_source(spec, chosen, self.seed, self.split)
+            source = open_source(spec, chosen, self.seed, self.split)
+            refuse_stream(source, "a mixture")
+            return part.weight, source
         except M3Error as error:
             raise M3Error(f"{where}: {error}") from error
 
@@ -132,6 +137,17 @@ def shares(weights: list[float], total: int) -> list[int]:
     for i in by_remainder[: total - sum(whole)]:
         whole[i] += 1
     return whole
+
+
+def spread(turn: int, size: int) -> int:
+    """Return a permutation of range(size) at `turn`, whose beginnings, however long, lie spread over it.
+
+    Steps of the golden section (Weyl's sequence), rounded to a number that has no divisor in common with `size`.
+    """
+    step = round(size * GOLDEN)
+    while gcd(step, size) > 1:
+        step += 1
+    return (turn * step + size // 2) % size
 
 
 def interleave(index: int, draws: list[int]) -> tuple[int, int]:

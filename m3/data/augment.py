@@ -1,0 +1,108 @@
+"""Random changes of training samples: which of them the modalities of a recipe can follow, and colours of pictures.
+
+Letters: C channels, T frames, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3.errors import M3Error, nearest, read_settings
+from m3.parts import class_name
+from m3.plugins import Modality
+from m3.random import stream_number
+from m3.recipe import AugmentSpec, DataSpec
+
+PHOTOMETRIC = (
+    "color_jitter",
+    "gaussian_blur",
+    "random_adjust_sharpness",
+    "random_autocontrast",
+    "random_channel_permutation",
+    "random_equalize",
+    "random_grayscale",
+    "random_invert",
+    "random_photometric_distort",
+    "random_posterize",
+    "random_solarize",
+)
+"""Transforms of torchvision.transforms.v2 that move no pixel and keep size and channels."""
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class Photometric:
+    """Changes the colours of pictures as `data.augment` says; what it draws depends on the sample's key alone."""
+
+    def __init__(self, settings: dict[str, list[dict[str, Any]]], modalities: dict[str, Modality]) -> None:
+        """Make the transforms.
+
+        Args:
+            settings: modality -> its transforms, in the order in which they are applied.
+            modalities: of the recipe.
+
+        Raises:
+            M3Error: an unknown modality or transform, settings that don't fit it, a modality that is no picture.
+        """
+        self.transforms: dict[str, list[Transform]] = {}
+        for name, entries in settings.items():
+            if name not in modalities:
+                raise M3Error(f"data.augment names `{name}`, which is no modality.{nearest(name, modalities)}")
+            example = modalities[name].blank(1)[0]
+            if example.dtype != torch.uint8 or example.ndim < 3:
+                raise M3Error(f"data.augment.{name}: only colours of pictures can be changed; remove this entry.")
+            places = [f"data.augment.{name}.{number}" for number in range(len(entries))]
+            self.transforms[name] = [
+                _transform(entry, where, example) for entry, where in zip(entries, places, strict=True)
+            ]
+
+    def __call__(self, signals: dict[str, Tensor], key: str) -> dict[str, Tensor]:
+        """Change the fitted signals of a sample; `key` names the sample and its use."""
+        changed = {name: transforms for name, transforms in self.transforms.items() if name in signals}
+        if not changed:
+            return signals
+        with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's generator
+            for name, transforms in changed.items():
+                torch.manual_seed(stream_number(f"augment/{key}/{name}"))
+                x = signals[name].movedim(0, -3)  # videos are (C, T, H, W) here and (T, C, H, W) there
+                for transform in transforms:
+                    x = transform(x)
+                signals = {**signals, name: x.movedim(-3, 0).contiguous()}
+        return signals
+
+
+def check_geometry(spec: DataSpec, modalities: dict[str, Modality]) -> None:
+    """Raise where a random crop or flip of the pictures would make another modality of the sample wrong."""
+    if not any(part.is_map for part in modalities.values()):  # then nothing is cropped or flipped
+        return
+    decisions = {"crop": (spec.crop is not None, "cropped", "null"), "flip": (spec.flip > 0, "mirrored", "0")}
+    for decision, (is_made, done, off) in decisions.items():
+        for name, part in modalities.items():
+            if is_made and decision not in part.follows:
+                raise M3Error(
+                    f"data.{decision}: pictures are {done} at random, which `{name}` can't follow, so it would no "
+                    f"longer say what they show; set data.{decision}={off}."
+                )
+
+
+def _transform(entry: dict[str, Any], where: str, example: Tensor) -> Transform:
+    """Make one transform and try it."""
+    spec = read_settings(AugmentSpec, {k: v for k, v in entry.items() if k in AugmentSpec.model_fields}, where)
+    if spec.type not in PHOTOMETRIC:
+        raise M3Error(f"{where}.type: `{spec.type}` is no change of colours.{nearest(spec.type, PHOTOMETRIC)}")
+    try:
+        from torchvision.transforms import v2
+    except ImportError as error:
+        raise M3Error(f"{where} needs torchvision; run `pip install 'm3-multimodal[vision]'`.") from error
+    settings = {key: value for key, value in entry.items() if key not in AugmentSpec.model_fields}
+    try:
+        made = getattr(v2, class_name(spec.type))(**settings)
+        with torch.random.fork_rng(devices=[]):
+            made(example.movedim(0, -3))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise M3Error(f"{where}: {class_name(spec.type)} does not take these settings: {error}.") from error
+    return made if spec.chance == 1 else v2.RandomApply([made], spec.chance)
