@@ -46,7 +46,7 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
     settings["train"].pop("epochs", None)
     settings["train"] |= {"steps": steps, "batch_size": SAMPLES, "micro_batch": SAMPLES // 2, "warmup": 1}
     settings["train"] |= {"log_every": 1, "save_every": 2, "trackers": [], "precision": "fp32", "compile": False}
-    settings["evaluate"] |= {"samples": SAMPLES, "preview_rows": 2}
+    settings["evaluate"] |= {"samples": SAMPLES, "fit_samples": SAMPLES, "preview_rows": 2}
     settings["evaluate"].pop("every", None)
     return recipe_from(settings, recipe.name)
 

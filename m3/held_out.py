@@ -9,36 +9,44 @@ from rich.console import Console
 from m3.data.loader import Samples, first_batches
 from m3.data.source import Source
 from m3.evaluate.codebook import measure_codes
-from m3.evaluate.reconstruction import Average, Row, fit_averages, measure
+from m3.evaluate.task import Row, Task
+from m3.evaluate.tasks.predict import predictors
 from m3.model import M3Model
 from m3.progress import HELD_OUT, Skipped, append
 from m3.recipe import Recipe
 from m3.show import metrics_table, preview
 
 BATCH = 32
-AVERAGED_SAMPLES = 512
-"""Training samples that the constant baselines are fitted on."""
 
 
 class HeldOut:
     """The held-out samples of a run. Without any, nothing is measured and training samples are drawn."""
 
     def __init__(
-        self, recipe: Recipe, model: M3Model, train: Samples, source: Source, skipped: Skipped, console: Console
+        self,
+        recipe: Recipe,
+        model: M3Model,
+        tasks: list[Task],
+        train: Samples,
+        source: Source,
+        skipped: Skipped,
+        console: Console,
     ) -> None:
         """Keep what every evaluation needs.
 
         Args:
             recipe: of the run.
             model: the plain model.
-            train: training samples, for the baselines.
+            tasks: what is measured.
+            train: training samples, for baselines and probes.
             source: the held-out split.
             skipped: counter of unreadable training samples.
             console: where to say what is missing.
         """
-        self.recipe, self.model, self.train, self.train_skipped = recipe, model, train, skipped
+        self.recipe, self.model, self.tasks = recipe, model, tasks
+        self.train, self.train_skipped = train, skipped
         self.samples, self.skipped = train, skipped
-        self.averages: dict[str, Average] = {}
+        self.has_picture = bool(predictors(model))
         self.is_there = len(source) > 0
         if self.is_there:
             self.samples = Samples(source, model.modalities, recipe.data, recipe.seed)
@@ -55,24 +63,26 @@ class HeldOut:
         run, spec, seed = self.recipe.folder, self.recipe.evaluate, self.recipe.seed
         self.model.eval()
         rows = []
-        if spec.tasks and self.is_there:
-            if not self.averages:
-                batches = first_batches(self.train, AVERAGED_SAMPLES, BATCH)
-                self.averages = fit_averages(self.model, map(self.train_skipped.count, batches))
-            batches = map(self.skipped.count, first_batches(self.samples, spec.samples, BATCH))
-            rows = measure(self.model, batches, spec.tasks, self.averages, seed)
         if self.is_there:
+            if learning := [task for task in self.tasks if task.wants_training_samples]:
+                for batch in map(self.train_skipped.count, first_batches(self.train, spec.fit_samples, BATCH)):
+                    for task in learning:
+                        task.fit(batch.to(self.model.device))
+            for batch in map(self.skipped.count, first_batches(self.samples, spec.samples, BATCH)):
+                for task in self.tasks:
+                    task.add(batch.to(self.model.device))
+            rows = [row for task in self.tasks for row in task.rows()]
             rows += measure_codes(self.model, first_batches(self.samples, spec.samples, BATCH))
         if rows:
             line: dict[str, float] = {"step": step}
             for row in rows:
                 line |= {f"{HELD_OUT}{row.task}": row.model, f"baseline/{row.task}": row.baseline}
             append(run, line)
-        views = {"masked": None} | {
-            f"from {', '.join(task.visible)}": task.visible for task in spec.tasks.values() if task.visible
-        }
-        batch = self.skipped.count(next(first_batches(self.samples, spec.preview_rows, spec.preview_rows)))
-        preview(self.model, batch.to(self.model.device), views, picture, seed)
+        if self.has_picture:
+            shown = [task["visible"] for task in spec.tasks.values() if task.get("visible")]
+            views = {"masked": None} | {f"from {', '.join(visible)}": visible for visible in shown}
+            batch = self.skipped.count(next(first_batches(self.samples, spec.preview_rows, spec.preview_rows)))
+            preview(self.model, batch.to(self.model.device), views, picture, seed)
         self.model.train()
         return rows
 
@@ -84,8 +94,9 @@ class HeldOut:
         for skipped in {id(s): s for s in (self.train_skipped, self.skipped)}.values():
             skipped.report()
         note = "" if self.is_there else " (of training samples)"
+        picture = f"Picture{note}: {run / 'preview.png'}    metrics" if self.has_picture else "Metrics"
         console.print(
-            f"Picture{note}: {run / 'preview.png'}    metrics: {run / 'metrics.jsonl'}\nLoad it:\n"
+            f"{picture}: {run / 'metrics.jsonl'}\nLoad it:\n"
             f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{run / "model"}")\n'
             f'  processor = M3Processor.from_pretrained("{run / "model"}")',
             highlight=False,

@@ -28,6 +28,7 @@ HOMES = {
     "positions": "m3.positions",
     "quantisers": "m3.quantize",
     "coders": "m3.coders",
+    "tasks": "m3.evaluate.tasks",
 }
 
 

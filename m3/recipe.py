@@ -23,7 +23,6 @@ from pydantic import (
 
 from m3.backbone import BackboneSpec, TowerSpec
 from m3.errors import M3Error, explain, nearest
-from m3.masking import Amount
 from m3.plugins import Strict
 
 PACKAGED = Path(__file__).parent / "recipes"
@@ -153,36 +152,21 @@ class TrainSpec(Strict):
         return self
 
 
-class TaskSpec(Strict):
-    """One line of the table of metrics: a target predicted on held-out samples, against a baseline.
-
-    Attributes:
-        target: name of a target of the objective.
-        visible: what the encoder sees, as in `M3Model.reconstruct`; null: the recipe's masking. Only positions
-            that the encoder did not see count.
-        baseline: `neighbours`: mean of the visible tokens around; `constant`: the training mean or most
-            frequent class; `average_map`: the same, position by position; `patch_mean`: the patch's own mean,
-            for a target of normalised patches, where it has error 1.
-    """
-
-    target: str
-    visible: dict[str, Amount] | None = None
-    baseline: Literal["neighbours", "constant", "average_map", "patch_mean"] = "constant"
-
-
 class EvaluateSpec(Strict):
     """The `evaluate` section.
 
     Attributes:
         every: steps between evaluations with a picture; null: only at the end.
         samples: held-out samples that are used.
-        tasks: name -> what is measured.
+        fit_samples: training samples that baselines and probes are fitted on.
+        tasks: name -> what is measured; `type: predict` where it has none.
         preview_rows: samples in the picture.
     """
 
     every: PositiveInt | None = None
     samples: PositiveInt = 256
-    tasks: dict[str, TaskSpec] = Field(default={})
+    fit_samples: PositiveInt = 512
+    tasks: dict[str, dict[str, Any]] = Field(default={})
     preview_rows: PositiveInt = 6
 
 

@@ -10,7 +10,8 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from m3.evaluate.reconstruction import Row, predictors, targets_of
+from m3.evaluate.task import Row
+from m3.evaluate.tasks.predict import predictors, targets_of
 from m3.model import M3Model, Reconstruction
 from m3.plugins import Predictor
 from m3.types import Batch

@@ -30,7 +30,7 @@ from m3.data.source import open_source as open_data
 from m3.data.stream import Place, StreamOrder, load_place
 from m3.ema import Average
 from m3.errors import M3Error, nearest
-from m3.evaluate.reconstruction import Row, check_tasks
+from m3.evaluate.task import Row, build_tasks
 from m3.held_out import HeldOut
 from m3.initialise import load_weights
 from m3.machine import cores, use_bf16
@@ -100,7 +100,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     check_mix(spec.mix, list(raw_model.objectives))
     if recipe.init and not (resume and checkpoint.newest(run)):
         console.print(load_weights(raw_model, recipe.init), soft_wrap=True)
-    check_tasks(raw_model, recipe.evaluate.tasks)
+    tasks = build_tasks(recipe.evaluate.tasks, raw_model, recipe.seed)
     source = open_source(recipe, raw_model, "train")
     samples = Samples(source, raw_model.modalities, recipe.data, recipe.seed)
     length = None if source.stream else len(source)
@@ -112,7 +112,8 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     describe(console, recipe, raw_model, plan, accelerator)
     console.print(describe_coverage(source), highlight=False, soft_wrap=True)
     skipped = Skipped(console, "samples", length, recipe.data.max_unreadable)
-    held_out = HeldOut(recipe, raw_model, samples, open_source(recipe, raw_model, "held_out"), skipped, console)
+    unseen = open_source(recipe, raw_model, "held_out")
+    held_out = HeldOut(recipe, raw_model, tasks, samples, unseen, skipped, console)
 
     # ------------------------------------------------------------------------------------ where to start
     facts = facts_of(recipe, raw_model, plan, len(source))

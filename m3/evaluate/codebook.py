@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 
 from m3.codebook import codes_used
-from m3.evaluate.reconstruction import Row
+from m3.evaluate.task import Row
 from m3.model import M3Model
 from m3.objectives.autoencode import Autoencode
 from m3.types import Batch

@@ -160,7 +160,7 @@ def _check_single_samples(model: M3Model, batch: Batch, where: str) -> None:
 
 def _check_prediction(model: M3Model, batch: Batch, where: str) -> None:
     """Models that predict signals do so also for modalities that the batch lacks."""
-    from m3.evaluate.reconstruction import targets_of
+    from m3.evaluate.tasks.predict import targets_of
 
     if not targets_of(model):
         return

@@ -154,8 +154,8 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint_says_to_start_again(tmp
     gradients = trainer.gradients
 
     def broken(*parts):
-        sums, counts = gradients(*parts)
-        return sums * torch.inf, counts
+        names, sums, counts = gradients(*parts)
+        return names, sums * torch.inf, counts
 
     monkeypatch.setattr(trainer, "gradients", broken)
     with pytest.raises(M3Error, match=r"step 1: the losses \{.*inf\} are not finite.* train.clip .*, then start again"):
@@ -177,6 +177,9 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint_says_to_start_again(tmp
         ("{target: depth, visible: {image: 1.5}}", r"visible.image: .*, got 1.5"),
         ("{target: depth, visible: {depth: 1.0}}", "visible: all of `depth` is seen, so nothing is left to predict"),
         ("{target: semantic, baseline: neighbours}", "baseline: `neighbours` averages visible values, but `semantic`"),
+        ("{target: depth, basline: constant}", "basline: unknown key. Did you mean `baseline`"),
+        ("{baseline: constant}", "target: this key is required; add it."),
+        ("{type: predcit, target: depth}", r"type: `predcit` in `tasks` is not known: .*`predict`"),
         ("{target: depth, baseline: patch_mean}", "baseline: `patch_mean` can't be compared with target `depth`"),
     ],
 )

@@ -14,7 +14,7 @@ from m3.checkpoint import newest
 from m3.data.loader import Order, Samples
 from m3.data.source import open_source as open_data
 from m3.errors import M3Error
-from m3.evaluate.reconstruction import Row
+from m3.evaluate.task import Row
 from m3.model import M3Model
 from m3.network import build_modalities
 from m3.processor import M3Processor

@@ -32,7 +32,6 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
     [
         ("train: {", "trian: {", r"^mine.yaml: trian: unknown key. Did you mean `train`\?|train: this key is required"),
         ("lr: 1e-4", "stepz: 7", r"^mine.yaml: train.stepz: unknown key. Did you mean `steps`\?$"),
-        ("target: image}", "target: image, basline: x}", r"tasks.hidden.basline: unknown key. Did you mean `baseline`"),
         ("heads: 2}\nobj", "headz: 2}\nobj", r"backbone.headz: unknown key. Did you mean `heads`\?"),
         ("steps: 3", "steps: three", "^mine.yaml: train.steps: input should be a valid integer.*, got 'three'.$"),
         ("steps: 3", "steps: 3.5", "train.steps: input should be a valid integer.* fractional part, got 3.5.$"),
@@ -40,7 +39,6 @@ def write(folder: Path, text: str, name: str = "mine.yaml") -> Path:
         ("steps: 3, ", "", "train: give either `steps` or `epochs`, not both and not neither.$"),
         ("steps: 3, ", "steps: 3, precision: fp8, ", "train.precision: input should be 'auto', 'bf16' or 'fp32', got"),
         ("train: {steps: 3, lr: 1e-4}", "", "^mine.yaml: train: this key is required; add it.$"),
-        ("{target: image}", "{baseline: constant}", "tasks.hidden.target: this key is required; add it.$"),
         ("heads: 2}\nobj", "heads: 3}\nobj", "backbone: width 16 is not divisible by heads 3; change one of them.$"),
         ("steps: 3", "steps: 3, steps: 4", "^mine.yaml: not readable as YAML: the key `steps` stands twice.* line 7"),
         ("train: {", "train: {{", "^mine.yaml: not readable as YAML: "),

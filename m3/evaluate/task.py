@@ -1,0 +1,79 @@
+"""What is measured on held-out samples: the contract of a task, and a line of the table it fills."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from m3.model import M3Model
+from m3.parts import build_spec
+from m3.plugins import Strict
+from m3.types import Batch
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table of metrics.
+
+    Attributes:
+        task: name in the recipe.
+        measure: name and unit of the two numbers.
+        model: what the model reaches.
+        baseline: what the baseline reaches on the same positions.
+        baseline_name: which baseline.
+        higher_is_better: direction of the measure.
+    """
+
+    task: str
+    measure: str
+    model: float
+    baseline: float
+    baseline_name: str
+    higher_is_better: bool
+
+    @property
+    def is_won(self) -> bool:
+        """True when the model is better than the baseline."""
+        return (self.model > self.baseline) == self.higher_is_better
+
+
+class Task(ABC):
+    """One measure on held-out samples. The trainer passes it training samples, then held-out ones, then asks for rows.
+
+    A subclass defines `Spec`, its settings in the recipe, and checks in `__init__` that the model can be measured so.
+    """
+
+    Spec: ClassVar[type[Strict]]
+
+    def __init__(self, spec: Any, name: str, model: M3Model, seed: int) -> None:
+        self.spec, self.name, self.model, self.seed = spec, name, model, seed
+
+    @property
+    def wants_training_samples(self) -> bool:
+        """True when `fit` must be called before this evaluation, for what is learned from training samples."""
+        return False
+
+    def fit(self, batch: Batch) -> None:  # noqa: B027 (most tasks learn nothing)
+        """Take in training samples, on the model's device."""
+
+    @abstractmethod
+    def add(self, batch: Batch) -> None:
+        """Measure held-out samples, on the model's device."""
+
+    @abstractmethod
+    def rows(self) -> list[Row]:
+        """Return what was measured since the last call, and begin anew."""
+
+
+def build_tasks(settings: dict[str, dict[str, Any]], model: M3Model, seed: int) -> list[Task]:
+    """Make the tasks of a recipe's `evaluate` section; one without a `type` predicts a target.
+
+    Raises:
+        M3Error: unknown settings, or a task that can't be measured on this model.
+    """
+    tasks = []
+    for name, entry in settings.items():
+        part, spec = build_spec("tasks", {"type": "predict", **entry}, f"evaluate.tasks.{name}")
+        tasks.append(part(spec, name, model, seed))
+    return tasks

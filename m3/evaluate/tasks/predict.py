@@ -1,0 +1,162 @@
+"""Predictions of hidden tokens on held-out samples, in the signal's own measure, beside a baseline.
+
+Letters: B batch, N tokens of a modality, P values per token, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from m3.errors import M3Error, nearest
+from m3.evaluate.baselines import Average, average, constant, known_values, neighbours
+from m3.evaluate.task import Row, Task
+from m3.masking import Amount
+from m3.model import M3Model, Reconstruction
+from m3.plugins import Predictor, Strict
+from m3.types import Batch, Tokens
+
+
+class Predict(Task):
+    """A target that is predicted on held-out samples, against a baseline."""
+
+    class Spec(Strict):
+        """Settings of `type: predict`.
+
+        Attributes:
+            target: name of a target of the objective.
+            visible: what the encoder sees, as in `M3Model.reconstruct`; null: the recipe's masking. Only positions
+                that the encoder did not see count.
+            baseline: `neighbours`: mean of the visible tokens around; `constant`: the training mean or most
+                frequent class; `average_map`: the same, position by position; `patch_mean`: the patch's own mean,
+                for a target of normalised patches, where it has error 1.
+        """
+
+        target: str
+        visible: dict[str, Amount] | None = None
+        baseline: Literal["neighbours", "constant", "average_map", "patch_mean"] = "constant"
+
+    def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
+        super().__init__(spec, name, model, seed)
+        self._check()
+        self.modality = targets_of(model)[spec.target]
+        self.average: Average | None = None
+        self._seen: list[Tensor] = []
+        self._sums: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def wants_training_samples(self) -> bool:
+        """True until the baseline's average is known."""
+        return self.average is None and self.spec.baseline in ("constant", "average_map")
+
+    def fit(self, batch: Batch) -> None:
+        """Keep the values that the baseline averages."""
+        self._seen.append(known_values(self.model, batch, self.modality))
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Add up the scores of the model and of the baseline."""
+        if self._seen:
+            signal, modality = self.model.tokens_hold(self.modality), self.model.modalities[self.modality]
+            self.average, self._seen = average(self._seen, signal, modality), []
+        objective = objective_of(self.model, self.spec.target)
+        result = self.model.reconstruct(batch, self.spec.visible, self.seed, objective)
+        own, theirs = self._score(batch, result)
+        self._sums = (own, theirs) if self._sums is None else (self._sums[0] + own, self._sums[1] + theirs)
+
+    def rows(self) -> list[Row]:
+        """Return one row."""
+        if self._sums is None:
+            return []
+        (own, theirs), self._sums = self._sums, None
+        baseline = self.spec.baseline
+        if baseline == "patch_mean":
+            scores = (float(own[0] / own[1]), float(theirs[0] / theirs[1]))
+            return [Row(self.name, "MSE of patches", *scores, baseline, higher_is_better=False)]
+        modality = self.model.modalities[self.modality]
+        scores = (modality.finish_score(own), modality.finish_score(theirs))
+        return [Row(self.name, modality.measure, *scores, baseline, modality.higher_is_better)]
+
+    def _check(self) -> None:
+        model, task = self.model, self.spec
+        modality_of = targets_of(model)
+        inputs = [name for part in predictors(model) if part.view for name in part.view.modalities]
+        where = f"evaluate.tasks.{self.name}"
+        if task.target not in modality_of:
+            raise M3Error(f"{where}.target: the model predicts no `{task.target}`.{nearest(task.target, modality_of)}")
+        modality, visible = modality_of[task.target], task.visible or {}
+        unknown = [other for other in visible if other not in inputs]
+        if unknown:
+            raise M3Error(f"{where}.visible: `{unknown[0]}` is no input of the objective.{nearest(unknown[0], inputs)}")
+        if visible.get(modality) == 1.0 and isinstance(visible[modality], float):  # the number 1 is one token
+            raise M3Error(f"{where}.visible: all of `{modality}` is seen, so nothing is left to predict; lower it.")
+        is_relative = any(predictor.is_relative.get(task.target) for predictor in predictors(model))
+        if is_relative != (task.baseline == "patch_mean"):
+            raise M3Error(
+                f"{where}.baseline: `{task.baseline}` can't be compared with target `{task.target}`; use "
+                f"`patch_mean` for targets of normalised patches, and only for them."
+            )
+        has_values = model.modalities[modality].signal.kind == "values"
+        if task.baseline == "neighbours" and not (has_values and modality in inputs):
+            raise M3Error(
+                f"{where}.baseline: `neighbours` averages visible values, but `{task.target}` holds classes or is no "
+                f"input of the objective; use `constant`."
+            )
+
+    def _score(self, batch: Batch, result: Reconstruction) -> tuple[Tensor, Tensor]:
+        """Return the sums of the model and of the baseline over the positions that the encoder did not see."""
+        model, task, name = self.model, self.spec, self.modality
+        modality, tokens = model.modalities[name], result.tokens[name]
+        is_asked = torch.ones(tokens.values.shape[:2], dtype=torch.bool, device=model.device)
+        if name in result.is_visible:
+            is_asked = ~result.is_visible[name]
+        if tokens.is_valid is not None:
+            is_asked = is_asked & tokens.is_valid
+        if task.baseline == "patch_mean":
+            return _relative_errors(model, task.target, tokens, is_asked, result)
+        if task.baseline == "neighbours":
+            guess = neighbours(model.tokens_hold(name), tokens, result.is_visible[name])
+        else:
+            assert self.average is not None, "`fit` comes first"
+            guess = constant(self.average, task.baseline == "average_map", tokens)
+        size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
+
+        def signal(values: Tensor) -> Tensor:
+            return model.tokenizers[name].detokenize(values, tokens.positions, size)  # type: ignore[operator]
+
+        truth, weight = signal(tokens.values), model.spread(name, is_asked, tokens, size)
+        return modality.score(result.predicted[task.target], truth, weight), modality.score(
+            signal(guess), truth, weight
+        )
+
+
+def predictors(model: M3Model) -> list[Predictor]:
+    """Return the objectives that predict signals."""
+    return [objective for objective in model.objectives.values() if isinstance(objective, Predictor)]
+
+
+def objective_of(model: M3Model, target: str) -> str:
+    """Return the name of the objective that predicts a target."""
+    return next(n for n, o in model.objectives.items() if isinstance(o, Predictor) and target in o.modality_of)
+
+
+def targets_of(model: M3Model) -> dict[str, str]:
+    """Return target -> modality over all objectives that predict signals."""
+    return {name: modality for predictor in predictors(model) for name, modality in predictor.modality_of.items()}
+
+
+def _relative_errors(
+    model: M3Model, target: str, tokens: Tokens, is_asked: Tensor, result: Reconstruction
+) -> tuple[Tensor, Tensor]:
+    """Sum squared errors of normalised patches, and of 0 (the patch's mean) in their place, with their number."""
+    predictor = next(p for p in predictors(model) if target in p.modality_of)
+    wanted = predictor.truth(target, tokens)
+    own = (result.output[target].float() - wanted).square().mean(-1)
+    theirs = wanted.square().mean(-1)
+    count = is_asked.sum()
+    return (
+        torch.stack([(own * is_asked).sum(), count]).double(),
+        torch.stack([(theirs * is_asked).sum(), count]).double(),
+    )
