@@ -107,6 +107,10 @@ class Boxes(Modality):
         ids = torch.cat([bins, raw[..., 4:] + 4 * self.spec.bins], dim=-1)
         return ids.nan_to_num(-1.0).long().flatten(1)
 
+    def groups(self, signal: Tensor) -> Tensor:
+        """Number the boxes of (B, L) ids, five tokens each -> int64 (B, L)."""
+        return (torch.arange(signal.shape[1], device=signal.device) // 5).expand(signal.shape)
+
     def decode(self, ids: Tensor) -> Tensor:
         """Turn ids (..., L) into boxes float32 (..., n, 5), NaN where an id is not of the kind its place asks for."""
         x = ids.unflatten(-1, (-1, 5)).float()

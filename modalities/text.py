@@ -5,6 +5,7 @@ Letters: B batch, L tokens, K entries of the vocabulary.
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,18 @@ class Text(Modality):
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn ids (B, L) into int64."""
         return raw.long()
+
+    @cached_property
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """Which ids begin and which end a word, bool (K + 1,); the last entry is that of -1, which stands alone."""
+        begins, ends = self.vocabulary.word_edges()
+        return torch.tensor([*begins, True]), torch.tensor([*ends, True])
+
+    def groups(self, signal: Tensor) -> Tensor:
+        """Number the words of (B, L) ids, the pieces of a word alike -> int64 (B, L)."""
+        begins, ends = (edges.to(signal.device)[signal] for edges in self._edges)
+        is_first = begins[:, 1:] | ends[:, :-1]
+        return torch.cat([torch.zeros_like(signal[:, :1]), is_first.long()], dim=1).cumsum(1)
 
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Write (L,) ids out; hidden words are dots."""
