@@ -116,6 +116,41 @@ def test_a_box_is_one_group() -> None:
     assert part.groups(torch.arange(20).reshape(2, 10)).tolist() == [[0] * 5 + [1] * 5] * 2
 
 
+# -- sentinels ------------------------------------------------------------------------------------------
+
+
+def test_sentinels_are_ids_behind_the_vocabulary() -> None:
+    part = text(["a", "red", "cube"], length=6, sentinels=3)
+    assert part.signal.classes == 4 + 3
+    assert [part.sentinel(n) for n in range(3)] == [4, 5, 6]
+    assert part.decode([1, 2, 4, 3, 5, 6, -1, -1]) == "a red <S0> cube <S1> <S2>"
+    assert part.decode([]) == ""
+    assert part.to_raw("a <S0> cube").tolist() == [1, 0, 3], "a text that spells a sentinel is a text"
+    assert part.groups(torch.tensor([[1, 4, 5, 2, -1, -1]])).tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert (part.show(torch.tensor([1, 4, 2])) != part.show(torch.tensor([1, 5, 2]))).any()
+    for number in (3, -1):
+        with pytest.raises(M3Error, match=rf"^a text has no sentinel {number}: there are 3, numbered from 0; raise `s"):
+            part.sentinel(number)
+    with pytest.raises(M3Error, match=r"^a text holds id 4, but the vocabulary has 4 entries.$"):
+        part.to_raw(torch.tensor([1, 4]).numpy())
+
+
+def test_a_sentinel_divides_a_word(tmp_path: Path) -> None:
+    part = text(written(tmp_path, "wordpiece"), sentinels=2)
+    ids = part.to_raw("cylinders").tolist()
+    assert len(ids) > 3
+    whole = [*ids[:2], part.sentinel(1), *ids[2:]]
+    assert part.decode(whole).startswith(part.vocabulary.decode(ids[:2]) + " <S1> ")
+    assert part.groups(torch.tensor([whole])).tolist() == [[0, 0, 1] + [2] * (len(ids) - 2)]
+    assert text(written(tmp_path, "wordpiece")).signal.classes == part.signal.classes - 2
+
+
+def test_a_text_with_sentinels_keeps_its_contract() -> None:
+    samples = ["a red cube", "a cube a", "red red red cube"]
+    settings = {"type": "text", "vocabulary": ["a", "red", "cube"], "length": 6, "sentinels": 4}
+    check_modality(settings, samples, {"type": "embedding"})
+
+
 # -- in a model -----------------------------------------------------------------------------------------
 
 
