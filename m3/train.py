@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from m3 import checkpoint
 from m3.config import M3Config
-from m3.data.loader import Order, Samples, train_loader
+from m3.data.loader import Order, Samples, buckets_of, train_loader
 from m3.data.source import Source, Split
 from m3.data.source import open_source as open_data
 from m3.ema import Average
@@ -92,6 +92,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     check_tasks(raw_model, recipe.evaluate.tasks)
     source = open_source(recipe, raw_model, "train")
     samples = Samples(source, raw_model.modalities, recipe.data, recipe.seed)
+    buckets = buckets_of(source)
     plan = plan_run(spec, len(source) * recipe.data.repeats, world)  # an epoch is all samples in all their crops
     optimizer = make_optimizer(raw_model, spec)
     model, optimizer = accelerator.prepare(raw_model, optimizer)
@@ -109,7 +110,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     shares = (plan.micro_batch, plan.accumulation, rank, world)
-    order = Order(len(source), recipe.seed, *shares, start, plan.steps, recipe.data.repeats)
+    order = Order(len(source), recipe.seed, *shares, start, plan.steps, recipe.data.repeats, buckets)
     batches = iter(train_loader(samples, order, recipe.data.workers))
     clock = Clock(start, spec.batch_size)
 

@@ -78,6 +78,13 @@ class Source(ABC):
         """Return modality -> share in [0, 1] of the samples that have it; None: known only by reading them."""
         return None
 
+    def lengths(self, name: str) -> Sequence[int] | None:
+        """Return how long modality `name` of every sample is, in bytes as it is stored, 0 where the sample lacks it.
+
+        None: known only by reading them.
+        """
+        return None
+
 
 def open_source(spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> Source:
     """Open one split of what the `data` section of a recipe describes."""
