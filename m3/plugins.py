@@ -167,8 +167,8 @@ class Modality(ABC):
             signal: (B, ...) as `normalise` returns it.
 
         Returns:
-            (B, *size) int64, equal numbers of a sample belong together; a number is smaller than that of the
-            positions, and one that doesn't exist stands alone. None: every position stands alone.
+            (B, *size) int64 in [0, positions), equal numbers of a sample belong together; a position that does
+            not exist is never together with one that does. None: every position stands alone.
         """
         return None
 

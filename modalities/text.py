@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
-from PIL import ImageDraw
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from m3.data.words import describe, open_vocabulary
+from m3.drawing import written
 from m3.errors import M3Error
 from m3.plugins import Crop, File, Modality, Signal, Strict
 
-LINE, LINES, STEP = 24, 6, 12
-"""Letters of a line, lines, and pixels of a line in a picture."""
+LINE, LINES = 24, 6
+"""Letters of a line and lines of a picture."""
 
 
 class Text(Modality):
@@ -144,9 +143,7 @@ class Text(Modality):
             if lines[-1] and len(lines[-1]) + 1 + len(word) > LINE:
                 lines.append("")
             lines[-1] = f"{lines[-1]} {word}".strip()
-        picture = PILImage.new("RGB", (LINE * 6 + 4, LINES * STEP + 4), "white")
-        ImageDraw.Draw(picture).multiline_text((2, 1), "\n".join(lines[:LINES]), fill="black", spacing=1)
-        return np.asarray(picture)
+        return written(lines, LINE, LINES)
 
     def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
         """Count right words and words -> (2,)."""
