@@ -59,10 +59,13 @@ class Fixed:
         Attributes:
             visible: share in (0, 1] (rounded down) or number of tokens that the encoder sees, for all
                 modalities or for each by name.
+            whole: tokens that only make sense together (the pieces of a word) are seen or hidden together; a
+                sample sees fewer tokens than the budget where the next group does not fit.
             scorer: what ranks the tokens.
         """
 
         visible: Amount | dict[str, Amount] = 0.25
+        whole: bool = False
         scorer: dict = Field(default={"type": "uniform"})
 
     def __init__(self, spec: Spec) -> None:
@@ -82,8 +85,10 @@ class Fixed:
             visible = self.spec.visible[name] if isinstance(self.spec.visible, dict) else self.spec.visible
             slots[name] = amount(visible, part.count)
             quota = _valid_quota(visible, part)
-            is_visible[name] = _rank(scores[name], part.is_valid) < quota
-        return assemble(tokens, is_visible, slots, length=sum(slots.values()))
+            group = part.group if self.spec.whole else None
+            is_visible[name] = _rank(scores[name], part.is_valid, group) < quota
+        is_ragged = self.spec.whole and any(part.group is not None for part in tokens.values())
+        return assemble(tokens, is_visible, slots, sum(slots.values()), is_ragged)
 
 
 class Dirichlet:
@@ -105,6 +110,7 @@ class Dirichlet:
             surplus: of a modality with fewer tokens than its share: `others`: it goes to all other tokens at random,
                 so that V are always seen (MultiMAE); `unused`: fewer are seen (4M), shares are rounded down, and a
                 modality may be seen alone.
+            whole: as in `Fixed`; then up to V are seen.
             scorer: what ranks the tokens.
         """
 
@@ -112,6 +118,7 @@ class Dirichlet:
         alpha: float | dict[str, float] = 1.0
         subsets: bool = False
         surplus: Literal["others", "unused"] = "others"
+        whole: bool = False
         scorer: dict = Field(default={"type": "uniform"})
 
     def __init__(self, spec: Spec) -> None:
@@ -133,8 +140,9 @@ class Dirichlet:
         scores = self.scorer(tokens, draws)
         quotas = self._shares(tokens, draws) * length  # (B, M)
         quotas = quotas.round() if self.spec.surplus == "others" else (quotas + 1e-4).floor()
-        ranked = [_rank(scores[name], part.is_valid) for name, part in tokens.items()]
-        wanted = {name: ranked[i] < quotas[:, i : i + 1] for i, name in enumerate(tokens)}
+        groups = {name: part.group if self.spec.whole else None for name, part in tokens.items()}
+        places = [_rank(scores[name], part.is_valid, groups[name]) for name, part in tokens.items()]
+        wanted = {name: places[i] < quotas[:, i : i + 1] for i, name in enumerate(tokens)}
         slots = {name: min(length, n) for name, n in counts.items()}
         if self.spec.surplus == "unused":
             return assemble(tokens, {n: _existing(x, tokens[n]) for n, x in wanted.items()}, slots, length, True)
@@ -144,11 +152,12 @@ class Dirichlet:
         level = torch.cat([draws.uniform(f"level/{name}", count) for name, count in counts.items()], 1)
         key = (~is_wanted).float() + level
         is_valid = _joined_validity(tokens)
-        chosen = _rank(key, is_valid) < length
+        chosen = _rank(key, is_valid, _joined_groups(tokens, groups)) < length
         if is_valid is not None:
             chosen = chosen & is_valid
         is_visible = dict(zip(counts, chosen.split(list(counts.values()), dim=1), strict=True))
-        return assemble(tokens, is_visible, slots, length)
+        is_ragged = any(group is not None for group in groups.values())
+        return assemble(tokens, is_visible, slots, length, is_ragged)
 
     def _shares(self, tokens: dict[str, Tokens], draws: Draws) -> Tensor:
         """Draw (B, M) shares that sum to one; modalities that a sample lacks get none."""
@@ -304,11 +313,21 @@ def _scorer(settings: dict):
     return part(spec)
 
 
-def _rank(scores: Tensor, is_valid: Tensor | None) -> Tensor:
-    """Return (B, N) the place of each token in ascending score order, tokens that don't exist last."""
+def _rank(scores: Tensor, is_valid: Tensor | None, group: Tensor | None = None) -> Tensor:
+    """Return (B, N) the place of each token in ascending score order, tokens that don't exist last.
+
+    With a `group` (B, N), its tokens follow one another, ordered by the score of its first one (which, unlike the
+    lowest, does not depend on how many they are), and all have the place of the last: no threshold cuts a group.
+    """
     if is_valid is not None:
         scores = scores.masked_fill(~is_valid, torch.inf)
-    return scores.argsort(dim=1, stable=True).argsort(dim=1)
+    place = scores.argsort(dim=1, stable=True).argsort(dim=1)
+    if group is None:
+        return place
+    index = torch.arange(place.shape[1], device=place.device).expand_as(place)
+    first = torch.zeros_like(place).scatter_reduce(1, group, index, "amin", include_self=False)
+    place = _rank(place.gather(1, first.gather(1, group)).float(), is_valid)
+    return torch.zeros_like(place).scatter_reduce(1, group, place, "amax", include_self=False).gather(1, group)
 
 
 def _valid_quota(visible: float, part: Tokens) -> Tensor | int:
@@ -328,6 +347,20 @@ def _joined_validity(tokens: dict[str, Tokens]) -> Tensor | None:
         for p in tokens.values()
     ]
     return torch.cat(masks, dim=1)
+
+
+def _joined_groups(tokens: dict[str, Tokens], groups: dict[str, Tensor | None]) -> Tensor | None:
+    """Return (B, sum of N) groups over all modalities, numbered on from one to the next."""
+    if all(group is None for group in groups.values()):
+        return None
+    joined, first = [], 0
+    for name, part in tokens.items():
+        group = groups[name]
+        if group is None:
+            group = torch.arange(part.count, device=part.values.device).expand(part.values.shape[:2])
+        joined.append(group + first)
+        first += part.count
+    return torch.cat(joined, dim=1)
 
 
 def _random_subset(takes_part: Tensor, draws: Draws) -> Tensor:

@@ -179,14 +179,27 @@ class Network(PreTrainedModel):
         for name, raw in batch.signals.items():
             if name not in self.modalities:
                 raise M3Error(f"the model has no modality `{name}`.{nearest(name, self.modalities)}")
-            part = self._tokenizer(name).tokenize(self.modalities[name].normalise(raw), batch.times.get(name))
+            signal = self.modalities[name].normalise(raw)
+            part = self._tokenizer(name).tokenize(signal, batch.times.get(name))
+            part = replace(part, group=self._groups(name, signal, part.count))
             if name in batch.is_present:
                 there = batch.is_present[name].unsqueeze(1).expand(-1, part.count)
                 is_valid = there if part.is_valid is None else there & part.is_valid
                 # What stands in for an absent signal must not matter, not even if it is NaN.
-                part = Tokens(part.values.masked_fill(~there.unsqueeze(-1), 0), part.positions, is_valid)
+                values = part.values.masked_fill(~there.unsqueeze(-1), 0)
+                part = replace(part, values=values, is_valid=is_valid)
             tokens[name] = part
         return {name: tokens[name] for name in self.modalities if name in tokens}
+
+    def _groups(self, name: str, signal: Tensor, count: int) -> Tensor | None:
+        """Return which of a modality's tokens belong together: (B, N), where each token is one position."""
+        group = self.modalities[name].groups(signal)
+        if group is not None and group[0].numel() != count:
+            raise M3Error(
+                f"modalities.{name}: its groups are of positions ({group[0].numel()}), but its tokenizer makes "
+                f"{count} tokens of them; use one that makes a token of each position."
+            )
+        return None if group is None else group.flatten(1)
 
     def counts(self, prepared: Prepared) -> dict[str, Tensor]:
         """Return the count of every part of the loss that `forward` will return, without running the network."""

@@ -169,6 +169,18 @@ class Modality(ABC):
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn a raw batch (B, ...) into what the tokenizer reads, on the tensor's own device."""
 
+    def groups(self, signal: Tensor) -> Tensor | None:
+        """Return which positions only make sense together (the pieces of a word), for masks that hide them whole.
+
+        Args:
+            signal: (B, ...) as `normalise` returns it.
+
+        Returns:
+            (B, *size) int64 in [0, positions), equal numbers of a sample belong together; a position that does
+            not exist is never together with one that does. None: every position stands alone.
+        """
+        return None
+
     def statistics(self, raw: Tensor) -> Tensor | None:
         """Return count, sum and sum of squares (3, C) of a raw batch in the unit of `mean` and `std`, if there are."""
         return None

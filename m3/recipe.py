@@ -45,6 +45,18 @@ class AugmentSpec(Strict):
     chance: Share = 1.0
 
 
+class BucketSpec(Strict):
+    """`data.bucket`: batches of samples of similar length, so that little of them is padding.
+
+    Attributes:
+        by: the modality whose length counts.
+        batches: of this many batches at a time, the samples are sorted by length; then all batches are shuffled.
+    """
+
+    by: str
+    batches: PositiveInt = 16
+
+
 class DataSpec(Strict):
     """The `data` section.
 
@@ -59,6 +71,7 @@ class DataSpec(Strict):
         flip: probability of a horizontal flip.
         augment: modality of pictures -> random changes of their colours in training, each an `AugmentSpec`.
         repeats: crops of a sample that are used in a row, from one reading (repeated augmentation).
+        bucket: sort samples of similar length into a batch; null: batches are drawn at random.
         drop: probability that a training sample loses a modality, for all or for each by name; one always stays.
         workers: processes that load data; 0 loads in the training process.
         max_unreadable: share of samples that may be unreadable (ten are always forgiven).
@@ -74,6 +87,7 @@ class DataSpec(Strict):
     flip: float = Field(default=0.0, ge=0, le=1)
     augment: dict[str, list[dict[str, Any]]] = Field(default={})
     repeats: PositiveInt = 1
+    bucket: BucketSpec | None = None
     drop: Share | dict[str, Share] = 0.0
     workers: NonNegativeInt = 2
     max_unreadable: float = Field(default=0.01, ge=0, le=1)

@@ -5,6 +5,8 @@ A new masking strategy is a new scorer: a class with a `Spec` and `__call__`. Le
 
 from __future__ import annotations
 
+import torch
+from pydantic import Field
 from torch import Tensor
 
 from m3.plugins import Strict
@@ -24,3 +26,62 @@ class Uniform:
     def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
         """Return modality -> (B, N) float scores."""
         return {name: draws.uniform(f"score/{name}", part.count) for name, part in tokens.items()}
+
+
+class Span:
+    """Hides runs of neighbouring tokens of a sequence, as T5 corrupts spans (Raffel et al. 2020, section 3.1.4).
+
+    A sequence is divided at random into spans, of geometric lengths with mean `mean`, with one token between them,
+    and turned by a random number of places as if it were a ring, so that all its places are hidden equally often.
+    All tokens of a span have one score, above that of any token between spans. So whatever the budget, hidden tokens
+    form separate spans (the last of them cut, so that the budget is exact) up to a share of mean / (mean + 1);
+    beyond it, too few tokens are left to separate them. Tokens over more than one axis (patches of an image) are no
+    sequence and get uniform noise, as in 4M (Mizrahi et al. 2023, section 2.3).
+    """
+
+    class Spec(Strict):
+        """Settings of `type: span`.
+
+        Attributes:
+            mean: length of a hidden span, in tokens (T5: 3).
+        """
+
+        mean: float = Field(default=3.0, ge=1)
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores."""
+        return {
+            name: self._spans(name, part, draws)
+            if part.positions.shape[-1] == 1
+            else draws.uniform(f"score/{name}", part.count)
+            for name, part in tokens.items()
+        }
+
+    def _spans(self, name: str, part: Tokens, draws: Draws) -> Tensor:
+        """Score a sequence by the places of its tokens: those between spans first, then span by span."""
+        index = torch.arange(part.count, device=draws.keys.device)
+        is_between = self._gaps(draws.uniform(f"gap/{name}", part.count + 1))
+        is_first = is_between | is_between.roll(1, dims=1) | (index == 0)
+        first = (index * is_first).cummax(dim=1).values
+        level = draws.uniform(f"score/{name}", part.count).gather(1, first) + (~is_between).float()
+        place = level.argsort(dim=1, stable=True).argsort(dim=1).float()  # a span that is cut is cut in its order
+        # Turn the tokens that exist, and only those: how far a sequence is filled up must not change its mask.
+        is_valid = torch.ones_like(is_between) if part.is_valid is None else part.is_valid
+        there = is_valid.sum(1, keepdim=True).clamp(min=1)
+        shift = (draws.uniform(f"turn/{name}", 1) * there).floor().long()
+        return place.gather(1, (is_valid.cumsum(1) - 1 + shift) % there)
+
+    def _gaps(self, u: Tensor) -> Tensor:
+        """Return (B, N) bool, True between spans, of noise u (B, N + 1).
+
+        A chain that leaves a span with probability 1 / mean for exactly one token, in its stationary state: among
+        tokens in a row whose noise says "leave", every second one is between spans.
+        """
+        says_leave = u < 1 / self.spec.mean
+        says_leave[:, 0] = u[:, 0] < 1 / (1 + self.spec.mean)
+        index = torch.arange(1, u.shape[1] + 1, device=u.device)
+        in_a_row = index - (index * ~says_leave).cummax(dim=1).values
+        return (in_a_row % 2 == 1)[:, 1:]

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from m3 import checkpoint
 from m3.config import M3Config
-from m3.data.loader import Order, Samples, train_loader
+from m3.data.loader import Order, Samples, buckets_of, train_loader
 from m3.data.source import Source, Split, describe_coverage
 from m3.data.source import open_source as open_data
 from m3.data.stream import Place, StreamOrder, load_place
@@ -103,6 +103,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     tasks = build_tasks(recipe.evaluate.tasks, raw_model, recipe.seed)
     source = open_source(recipe, raw_model, "train")
     samples = Samples(source, raw_model.modalities, recipe.data, recipe.seed)
+    buckets = buckets_of(source)
     length = None if source.stream else len(source)
     plan = plan_run(spec, length and length * recipe.data.repeats, world)  # an epoch is all samples in all their crops
     optimizer = make_optimizer(raw_model, spec)
@@ -123,7 +124,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     shares = (plan.micro_batch, plan.accumulation, rank, world)
-    order = Order(len(source), recipe.seed, *shares, start, plan.steps, recipe.data.repeats)
+    order = Order(len(source), recipe.seed, *shares, start, plan.steps, recipe.data.repeats, buckets)
     if source.stream:
         place = load_place(checkpoint.folder_of(run, start), rank, world) if start else Place()
         order = StreamOrder(source.stream, order, place)

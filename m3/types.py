@@ -87,11 +87,14 @@ class Tokens:
         positions: (1 or B, N, A) float coordinates in the units of the grid the model was built for;
             1 when all samples share them.
         is_valid: (B, N) bool, or None when every token exists.
+        group: (B, N) int64 in [0, N): tokens of a sample with equal numbers only make sense together (the pieces
+            of a word); None when every token stands alone.
     """
 
     values: Tensor
     positions: Tensor
     is_valid: Tensor | None = None
+    group: Tensor | None = None
 
     @property
     def count(self) -> int:

@@ -5,8 +5,6 @@ Letters: B batch, n boxes, L = 5 n tokens.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from torch import Tensor
 from m3.drawing import HIDDEN
 from m3.errors import M3Error
 from m3.plugins import Crop, File, Modality, Signal, Strict
+from m3.value_tokens import Bins, read_json, short
 
 PIXELS = 64
 """Height and width of a picture."""
@@ -52,11 +51,17 @@ class Boxes(Modality):
     higher_is_better = True
     padding = float("nan")
 
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        classes = len(spec.labels)
+        edges = [Bins(0.0, 1.0, spec.bins, a * spec.bins) for a in range(4)]
+        self.parts = [*edges, Bins(0.0, float(classes), classes, 4 * spec.bins)]
+
     @property
     def signal(self) -> Signal:
         """Ids (B, L)."""
-        classes = 4 * self.spec.bins + len(self.spec.labels)
-        return Signal("classes", 1, (5 * self.spec.count,), classes, has_gaps=True)
+        last = self.parts[-1]
+        return Signal("classes", 1, (5 * self.spec.count,), last.first + last.count, has_gaps=True)
 
     @property
     def follows(self) -> frozenset[str]:
@@ -69,14 +74,13 @@ class Boxes(Modality):
 
     def load(self, file: File) -> list[Any]:
         """Read a JSON list of [label, left, top, right, bottom]."""
-        data = file.read_bytes() if isinstance(file, Path) else file.read()
-        return json.loads(data)
+        return read_json(file)
 
     def to_raw(self, sample: Any) -> Tensor:
         """Check a list of (label, left, top, right, bottom), shares in [0, 1] -> float32 (boxes of the picture, 5)."""
         if not isinstance(sample, list | tuple) or not sample:
             raise M3Error(
-                f"boxes must be a list of at least one, got {_short(sample)}; a sample without any lacks the modality."
+                f"boxes must be a list of at least one, got {short(sample)}; a sample without any lacks the modality."
             )
         return torch.tensor([self._row(entry) for entry in sample], dtype=torch.float32)
 
@@ -85,11 +89,11 @@ class Boxes(Modality):
         if not is_box or not all(isinstance(edge, float | int) for edge in entry[1:]):
             raise M3Error(
                 f"a box must be (label, left, top, right, bottom) with a label of {', '.join(self.spec.labels)} and "
-                f"numbers, got {_short(entry)}."
+                f"numbers, got {short(entry)}."
             )
         label, x0, y0, x1, y1 = entry
         if not (0 <= x0 <= x1 <= 1 and 0 <= y0 <= y1 <= 1):
-            raise M3Error(f"a box must lie in [0, 1] with left <= right and top <= bottom, got {_short(entry)}.")
+            raise M3Error(f"a box must lie in [0, 1] with left <= right and top <= bottom, got {short(entry)}.")
         return float(x0), float(y0), float(x1), float(y1), float(self.spec.labels.index(label))
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
@@ -107,19 +111,17 @@ class Boxes(Modality):
 
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn (B, n, 5) into ids (B, L)."""
-        bins = (raw[..., :4] * self.spec.bins).floor().clamp(0, self.spec.bins - 1)
-        bins = bins + torch.arange(4, device=raw.device) * self.spec.bins
-        ids = torch.cat([bins, raw[..., 4:] + 4 * self.spec.bins], dim=-1)
-        return ids.nan_to_num(-1.0).long().flatten(1)
+        return torch.stack([part.ids(raw[..., a]) for a, part in enumerate(self.parts)], dim=-1).flatten(1)
+
+    def groups(self, signal: Tensor) -> Tensor:
+        """Number the boxes of (B, L) ids, five tokens each -> int64 (B, L)."""
+        return (torch.arange(signal.shape[1], device=signal.device) // 5).expand(signal.shape)
 
     def decode(self, ids: Tensor) -> Tensor:
         """Turn ids (..., L) into boxes float32 (..., n, 5), NaN where an id is not of the kind its place asks for."""
-        x = ids.unflatten(-1, (-1, 5)).float()
-        first = torch.arange(5, device=ids.device) * self.spec.bins
-        values = x - first
-        extent = torch.tensor([self.spec.bins] * 4 + [len(self.spec.labels)], device=ids.device)
-        values = values.masked_fill((values < 0) | (values >= extent), torch.nan)
-        return torch.cat([(values[..., :4] + 0.5) / self.spec.bins, values[..., 4:]], dim=-1)
+        *edges, label = ids.unflatten(-1, (-1, 5)).unbind(-1)
+        values = [part.values(x) for part, x in zip(self.parts, edges, strict=False)]
+        return torch.stack([*values, self.parts[4].part_of(label)], dim=-1)
 
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw (L,) ids as frames, a colour for each class; boxes of which a token is hidden are left out."""
@@ -149,9 +151,3 @@ class Boxes(Modality):
     def finish_score(self, sums: Tensor) -> float:
         """Mean intersection over union, in [0, 1]."""
         return float(sums[0] / sums[1])
-
-
-def _short(value: Any) -> str:
-    """Return what a message shows of a value of any size."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 80 else f"{text[:80]}..."

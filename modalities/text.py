@@ -5,22 +5,23 @@ Letters: B batch, L tokens, K entries of the vocabulary.
 
 from __future__ import annotations
 
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image as PILImage
-from PIL import ImageDraw
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from m3.data.words import describe, open_vocabulary
+from m3.drawing import written
 from m3.errors import M3Error
 from m3.plugins import Crop, File, Modality, Signal, Strict
 
-LINE, LINES, STEP = 24, 6, 12
-"""Letters of a line, lines, and pixels of a line in a picture."""
+LINE, LINES = 24, 6
+"""Letters of a line and lines of a picture."""
 
 
 class Text(Modality):
@@ -33,10 +34,12 @@ class Text(Modality):
             vocabulary: a list of whole words; the path of a `tokenizer.json` (WordPiece, BPE, Unigram) or of a
                 sentencepiece `.model`; or `open_clip:` for CLIP's. A file's content goes into the config.
             length: L that the model is built for; longer sentences are cut.
+            sentinels: further ids, behind those of the vocabulary, that stand for hidden spans (T5: 100).
         """
 
         vocabulary: str | list[str]
         length: PositiveInt = 64
+        sentinels: NonNegativeInt = 0
 
     extensions = (".txt",)
     measure = "accuracy"
@@ -56,7 +59,29 @@ class Text(Modality):
     @property
     def signal(self) -> Signal:
         """Ids (B, L)."""
-        return Signal("classes", 1, (self.spec.length,), self.vocabulary.size, has_gaps=True)
+        classes = self.vocabulary.size + self.spec.sentinels
+        return Signal("classes", 1, (self.spec.length,), classes, has_gaps=True)
+
+    def sentinel(self, number: int) -> int:
+        """Return the id of a sentinel, numbered from 0.
+
+        Raises:
+            M3Error: there are fewer.
+        """
+        if not 0 <= number < self.spec.sentinels:
+            raise M3Error(
+                f"a text has no sentinel {number}: there are {self.spec.sentinels}, numbered from 0; raise "
+                f"`sentinels` in its settings."
+            )
+        return self.vocabulary.size + number
+
+    def decode(self, ids: list[int]) -> str:
+        """Write ids out as a sentence; sentinels are <S0>, <S1> ..., and -1 is left out."""
+        written = []
+        for is_own, run in groupby((i for i in ids if i >= 0), key=lambda i: i < self.vocabulary.size):
+            part = list(run)
+            written += [self.vocabulary.decode(part)] if is_own else [f"<S{i - self.vocabulary.size}>" for i in part]
+        return " ".join(part.strip() for part in written)
 
     def blank(self, count: int) -> Tensor:
         """Return sentences of the first word, int32 (B, L)."""
@@ -71,7 +96,7 @@ class Text(Modality):
             raise M3Error(f"a text must be in UTF-8, but its byte {error.start} is not.") from error
 
     def to_raw(self, sample: Any) -> Tensor:
-        """Read a sentence, or ids (L,) -> int32 (L,), cut to `length`."""
+        """Read a sentence, or ids (L,) -> int32 (L,), cut to `length`. Sentinels are for masking to set, not here."""
         ids = np.asarray(self.vocabulary.encode(sample) if isinstance(sample, str) else sample)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise M3Error(
@@ -92,19 +117,33 @@ class Text(Modality):
         """Turn ids (B, L) into int64."""
         return raw.long()
 
+    @cached_property
+    def _edges(self) -> tuple[Tensor, Tensor]:
+        """Which ids begin and which end a word, bool (K + 1,); the last entry is that of -1.
+
+        Sentinels and padding stand alone.
+        """
+        begins, ends = self.vocabulary.word_edges()
+        alone = [True] * (self.spec.sentinels + 1)
+        return torch.tensor([*begins, *alone]), torch.tensor([*ends, *alone])
+
+    def groups(self, signal: Tensor) -> Tensor:
+        """Number the words of (B, L) ids, the pieces of a word alike -> int64 (B, L)."""
+        begins, ends = (edges.to(signal.device)[signal] for edges in self._edges)
+        is_first = begins[:, 1:] | ends[:, :-1]
+        return torch.cat([torch.zeros_like(signal[:, :1]), is_first.long()], dim=1).cumsum(1)
+
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Write (L,) ids out; hidden words are dots."""
         ids = signal.cpu().tolist()
         known = [True] * len(ids) if is_known is None else is_known.cpu().tolist()
-        words = [self.vocabulary.decode([i]).strip() if k else "..." for i, k in zip(ids, known, strict=True) if i >= 0]
+        words = [self.decode([i]) if k else "..." for i, k in zip(ids, known, strict=True) if i >= 0]
         lines = [""]
         for word in words:
             if lines[-1] and len(lines[-1]) + 1 + len(word) > LINE:
                 lines.append("")
             lines[-1] = f"{lines[-1]} {word}".strip()
-        picture = PILImage.new("RGB", (LINE * 6 + 4, LINES * STEP + 4), "white")
-        ImageDraw.Draw(picture).multiline_text((2, 1), "\n".join(lines[:LINES]), fill="black", spacing=1)
-        return np.asarray(picture)
+        return written(lines, LINE, LINES)
 
     def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
         """Count right words and words -> (2,)."""

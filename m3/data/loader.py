@@ -11,7 +11,7 @@ import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,6 +196,18 @@ def _stack(values: list[Tensor], name: str, padding: float | None) -> Tensor:
     return torch.stack(values)
 
 
+class Buckets(NamedTuple):
+    """What brings samples of similar length into one batch.
+
+    Attributes:
+        lengths: int64 of all samples of the source.
+        batches: whose samples are sorted by length together.
+    """
+
+    lengths: Tensor
+    batches: int
+
+
 @dataclass(frozen=True)
 class Order:
     """Who trains on what, when.
@@ -210,6 +222,7 @@ class Order:
         start: first step.
         stop: step after the last.
         repeats: times in a row that a sample is used before the next one (repeated augmentation).
+        buckets: how samples of similar length come into one batch; None: they are drawn at random.
     """
 
     length: int
@@ -221,6 +234,7 @@ class Order:
     start: int = 0
     stop: int = 1
     repeats: int = 1
+    buckets: Buckets | None = None
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulation
@@ -236,9 +250,52 @@ class Order:
                     number = position // self.repeats
                     if number // self.length != epoch:
                         epoch = number // self.length
-                        order = shuffled(self.length, self.seed, epoch)
+                        order = self._order(epoch)
                     batch.append((position, int(order[number % self.length])))
                 yield batch
+
+    def _order(self, epoch: int) -> Tensor:
+        """Return the permutation (length,) int64 of one epoch.
+
+        By length, the samples of whole batches are sorted in windows and the batches shuffled; those that share a
+        batch with the epoch before or after stay as they are drawn.
+        """
+        order = shuffled(self.length, self.seed, epoch)
+        if self.buckets is None:
+            return order
+        lengths, window = self.buckets
+        size = max(1, self.micro_batch * self.accumulation * self.world // self.repeats)
+        first = -epoch * self.length % size
+        count = max(0, self.length - first) // size
+        body = order[first : first + count * size]
+        windows = [part[lengths[part].argsort(stable=True)] for part in body.split(window * size)]
+        generator = torch.Generator().manual_seed(stream_number(f"batches/{self.seed}/{epoch}"))
+        batches = torch.cat(windows).reshape(count, size)[torch.randperm(count, generator=generator)]
+        return torch.cat([order[:first], batches.flatten(), order[first + count * size :]])
+
+
+def buckets_of(source: Source) -> Buckets | None:
+    """Ask for the lengths of the modality that `data.bucket` names; None where it is not set.
+
+    Raises:
+        M3Error: there is no such modality, all its samples have one length, or the source does not know them.
+    """
+    bucket = source.spec.bucket
+    if bucket is None:
+        return None
+    if bucket.by not in source.modalities:
+        raise M3Error(
+            f"data.bucket.by names `{bucket.by}`, which is no modality.{nearest(bucket.by, source.modalities)}"
+        )
+    if source.modalities[bucket.by].padding is None:
+        raise M3Error(f"data.bucket.by: all samples of `{bucket.by}` have one length; name one that differs, as text.")
+    lengths = source.lengths(bucket.by)
+    if lengths is None:
+        raise M3Error(
+            f"data.bucket: the source `{source.spec.source}` knows the length of `{bucket.by}` only by reading every "
+            f"sample; remove data.bucket or store the data as `folder` or `shards`."
+        )
+    return Buckets(torch.tensor(lengths), bucket.batches)
 
 
 def shuffled(length: int, seed: int, epoch: int) -> Tensor:

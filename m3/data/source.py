@@ -97,6 +97,13 @@ class Source(ABC):
         """Return modality -> share in [0, 1] of the samples that have it; None: known only by reading them."""
         return None
 
+    def lengths(self, name: str) -> Sequence[int] | None:
+        """Return how long modality `name` of every sample is, in bytes as it is stored, 0 where the sample lacks it.
+
+        None: known only by reading them.
+        """
+        return None
+
 
 class Stream(ABC):
     """Samples that can only be read one after the other, in shards, each from its beginning.

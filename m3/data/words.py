@@ -9,12 +9,28 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from m3.errors import M3Error
 
 UNKNOWN = "[UNK]"
+
+BLANKS = ("Ġ", "▁")
+"""How byte-level BPE and sentencepiece write the blank in front of a word."""
+
+
+class Edges(NamedTuple):
+    """Where words are cut: before an id that begins one and behind an id that ends one.
+
+    Attributes:
+        begins: for each id of the vocabulary, True where it begins a word.
+        ends: for each id of the vocabulary, True where it ends a word.
+    """
+
+    begins: list[bool]
+    ends: list[bool]
 
 
 class Vocabulary(Protocol):
@@ -28,6 +44,10 @@ class Vocabulary(Protocol):
 
     def decode(self, ids: list[int]) -> str:
         """Turn ids into a sentence."""
+        ...
+
+    def word_edges(self) -> Edges:
+        """Return which ids begin and which end a word, for masks that hide whole words."""
         ...
 
 
@@ -90,6 +110,10 @@ class Words:
         """Turn ids into a sentence."""
         return " ".join(self.words[i] for i in ids)
 
+    def word_edges(self) -> Edges:
+        """Say that every id is a word."""
+        return Edges([True] * self.size, [True] * self.size)
+
 
 class FromTokenizers:
     """WordPiece, BPE or Unigram of Hugging Face's `tokenizers`."""
@@ -114,6 +138,23 @@ class FromTokenizers:
     def decode(self, ids: list[int]) -> str:
         """Turn ids into a sentence."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def word_edges(self) -> Edges:
+        """Read how the model marks words; special tokens stand alone, as all do in a model without marks."""
+        content = json.loads(self._tokenizer.to_str())
+        model, special = content["model"], {token["id"] for token in content["added_tokens"]}
+        pieces = {i: piece for piece, i in self._tokenizer.get_vocab().items()}
+        inside, behind = model.get("continuing_subword_prefix"), model.get("end_of_word_suffix")
+        is_marked = model["type"] != "WordLevel" and any(p.startswith(BLANKS) for p in pieces.values())
+        edges = Edges([True] * self.size, [True] * self.size)
+        for i in pieces.keys() - special:
+            if behind:
+                edges.begins[i], edges.ends[i] = False, pieces[i].endswith(behind)
+            elif inside:
+                edges.begins[i], edges.ends[i] = not pieces[i].startswith(inside), False
+            elif is_marked:
+                edges.begins[i], edges.ends[i] = pieces[i].startswith(BLANKS), False
+        return edges
 
 
 class FromSentencepiece:
@@ -140,6 +181,11 @@ class FromSentencepiece:
         """Turn ids into a sentence."""
         return self._processor.decode(ids)
 
+    def word_edges(self) -> Edges:
+        """Say that a piece with the mark of a blank in front begins a word."""
+        pieces = [self._processor.id_to_piece(i) for i in range(self.size)]
+        return Edges([piece.startswith(BLANKS) for piece in pieces], [False] * self.size)
+
 
 class FromOpenClip:
     """The byte-pair encoding of CLIP, as open_clip ships it."""
@@ -161,6 +207,11 @@ class FromOpenClip:
     def decode(self, ids: list[int]) -> str:
         """Turn ids into a sentence."""
         return self._tokenizer.decode(ids).strip()
+
+    def word_edges(self) -> Edges:
+        """Say that a piece with the mark of an end of word ends one."""
+        pieces = [self._tokenizer.decoder[i] for i in range(self.size)]
+        return Edges([False] * self.size, [piece.endswith("</w>") for piece in pieces])
 
 
 _KINDS = {

@@ -63,6 +63,7 @@ def check_modality(
         f"{where}: its pickled copy normalises otherwise; workers must do the same as the main process.",
     )
     signal = part.normalise(raw)
+    _check_groups(part, signal, where)
     own = check_tokenizer(tokenizer, part.signal, signal, times, tolerance)
     tokens = own.tokenize(signal, times)
     _check_show(part, own, tokens, signal, where)
@@ -182,6 +183,29 @@ def _check_normalised(part: Modality, raw: Tensor, where: str) -> None:
         claim(
             near(part.normalise(raw[row : row + 1])[0], normal[row]),
             f"{where}: sample {row} alone is normalised otherwise than in a batch; use its own statistics only.",
+        )
+
+
+def _check_groups(part: Modality, signal: Tensor, where: str) -> None:
+    """Every position has a group of its own sample, numbered within the number of positions."""
+    group = part.groups(signal)
+    if group is None:
+        return
+    size = part.signal.extent(signal)
+    positions = group[0].numel()
+    claim(
+        group.shape == (len(signal), *size)
+        and group.dtype == torch.int64
+        and bool(((group >= 0) & (group < positions)).all()),
+        f"{where}: groups must be int64 {(len(signal), *size)} with numbers from 0 to {positions - 1}, got "
+        f"{group.dtype} {tuple(group.shape)} from {int(group.min())} to {int(group.max())}; number them anew in each "
+        f"sample.",
+    )
+    for row in range(len(signal)):
+        alone = part.groups(signal[row : row + 1])
+        claim(
+            alone is not None and torch.equal(alone, group[row : row + 1]),
+            f"{where}: sample {row} alone has other groups than in a batch; they depend on their own sample only.",
         )
 
 

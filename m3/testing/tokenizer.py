@@ -256,7 +256,8 @@ def _check_other_signals(part: Tokenizer, batch: Tensor, tolerance: float | None
 def rows_of(tokens: Tokens, rows: slice) -> Tokens:
     """Return some samples of a batch of tokens."""
     positions = tokens.positions if len(tokens.positions) == 1 else tokens.positions[rows]
-    return Tokens(tokens.values[rows], positions, None if tokens.is_valid is None else tokens.is_valid[rows])
+    is_valid = None if tokens.is_valid is None else tokens.is_valid[rows]
+    return Tokens(tokens.values[rows], positions, is_valid, None if tokens.group is None else tokens.group[rows])
 
 
 def _equal(a: Tokens, b: Tokens, is_exact: bool = True) -> bool:

@@ -42,6 +42,7 @@ ORDER = (
         "data.geometry",
         "data.clouds",
         "data.files",
+        "value_tokens",
     },
     {"data.world", "data.video", "data.sound", "data.words"},
     {"backbone", "masking", "modalities", "tokenizers"},

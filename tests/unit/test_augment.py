@@ -14,7 +14,7 @@ from m3.data.geometry import random_crop
 from m3.data.loader import Samples
 from m3.data.source import open_source
 from m3.errors import M3Error
-from m3.model import build_modalities
+from m3.network import build_modalities
 from m3.plugins import Crop
 from m3.recipe import DataSpec
 

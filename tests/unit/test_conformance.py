@@ -27,6 +27,10 @@ SMALL_TOKENS = {"size": 8, "class_width": 8, "groups": 12, "neighbours": 6, "emb
 NEEDED: dict[str, dict[str, Any]] = {
     "audio": {"frames": 96},
     "boxes": {"labels": list(SHAPES), "count": 4, "bins": 50},
+    "metadata": {
+        "fields": [{"name": "brightness", "high": 255}, {"name": "kind", "kind": "choice", "choices": ["a", "b"]}]
+    },
+    "palette": {"colours": [2, 4]},
     "points": {"attributes": 3},
     "feature_map": {"teacher": "timm:vit_tiny_patch16_224"},
     "text": {"vocabulary": WORDS.split(), "length": 12},

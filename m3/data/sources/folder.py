@@ -78,6 +78,10 @@ class Folder(Source):
         counts = {name: sum(name in row.values for row in self.rows) for name in self.modalities}
         return {name: count / max(1, len(self.rows)) for name, count in counts.items()}
 
+    def lengths(self, name: str) -> list[int]:
+        """Ask for the sizes of files; none is opened. One that does not exist is reported when it is read."""
+        return [_bytes(row.values.get(name, "")) for row in self.rows]
+
     def _manifest(self) -> list[Row]:
         if self.root.suffix not in ENDINGS:
             raise M3Error(f"data.root: {self.root} is neither a folder nor a manifest ({', '.join(ENDINGS)}).")
@@ -102,6 +106,12 @@ class Folder(Source):
     def _no_file(self, row: Row, name: str) -> M3Error:
         where = f"{self.root}, line {row.line}: " if row.line else ""
         return M3Error(f"{where}there is no file {row.values[name]} for `{name}`; correct the path or add the file.")
+
+
+def _bytes(value: Path | str) -> int:
+    if isinstance(value, str):
+        return len(value.encode())
+    return value.stat().st_size if value.exists() else 0
 
 
 def _files(root: Path, name: str, modality: Modality, is_only: bool) -> dict[str, Path]:

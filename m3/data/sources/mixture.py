@@ -97,6 +97,15 @@ class Mixture(Source):
             name: sum(n * share.get(name, 0.0) for n, share in known) / max(1, self.length) for name in self.modalities
         }
 
+    def lengths(self, name: str) -> list[int] | None:
+        """Ask the parts that have the modality."""
+        parts = {n: source.lengths(name) if name in source.modalities else [] for n, source in self.parts.items()}
+        known = {n: lengths for n, lengths in parts.items() if lengths is not None}
+        if len(known) < len(parts):
+            return None
+        places = [self.place(index) for index in range(self.length)]
+        return [known[part][number] if known[part] else 0 for part, number in places]
+
     def place(self, index: int) -> tuple[str, int]:
         """Return the part of draw `index`, counted through all epochs, and the number of its sample there."""
         epoch, index = divmod(index, self.length)

@@ -84,6 +84,10 @@ class Shards(Source):
         """Count members; none is read."""
         return {name: float((self.places[name]["size"] >= 0).mean()) if len(self) else 0.0 for name in self.modalities}
 
+    def lengths(self, name: str) -> list[int]:
+        """Return the sizes of members; none is read."""
+        return self.places[name]["size"].clip(min=0).tolist()
+
 
 class Table:
     """What all shards of a root hold, in the order of the tars.
