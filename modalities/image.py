@@ -82,8 +82,8 @@ class Image(Modality):
             sample = PILImage.fromarray(sample)
         if isinstance(sample, PILImage.Image):
             sample = _eight_bits(sample)
-            if self.spec.channels in (1, 3):
-                sample = sample.convert("RGB" if self.spec.channels == 3 else "L")
+            mode = {1: "L", 3: "RGB"}.get(self.spec.channels, sample.mode)
+            sample = sample if sample.mode == mode else sample.convert(mode)
         x = torch.tensor(numbers(sample, "an image"))
         if x.ndim == 2:
             x = x.unsqueeze(0)
