@@ -13,7 +13,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from m3.data.recording import Clip
-from m3.data.video import DecordFile, VideoFile, open_video
+from m3.data.video import Frames, open_video
 from m3.drawing import hide
 from m3.errors import M3Error
 from m3.modalities.image import Image
@@ -56,7 +56,7 @@ class Video(Image):
 
     def cut(self, sample: Any, moment: float) -> Any:
         """Choose T frames of a video or of a longer clip; the last one is repeated where there are too few."""
-        if isinstance(sample, VideoFile | DecordFile):
+        if isinstance(sample, Frames):
             return sample.read(frame_numbers(sample.count, self.spec.frames, self.spec.stride, moment))
         clip = sample if isinstance(sample, Clip) else Clip(np.asarray(sample))
         if clip.frames.ndim != 4 or not len(clip.frames):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from m3.data import video as video_module
 from m3.data.files import Member
 from m3.data.loader import Samples, first_batches
 from m3.data.recording import Clip
@@ -112,19 +113,12 @@ def test_several_clips_come_from_one_open_file(grey: Path) -> None:
 def test_only_what_is_needed_is_decoded(grey: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Frames 0 and 26 lie 26 apart with a key frame every 12: at most 1 + 3 are decoded, not 27."""
     decoded = []
-    from m3.data import video as module
-
-    def counted(opened, stream, wanted):
-        before = stream.codec_context
-        for frame in opened.decode(stream):
-            decoded.append(before)
-            if frame.pts >= wanted[0]:
-                return [frame.to_ndarray(format="rgb24")]
-        raise AssertionError
-
-    monkeypatch.setattr(module, "_decode", counted)
+    frames = video_module._frames
+    monkeypatch.setattr(
+        video_module, "_frames", lambda *given: (decoded.append(frame.pts) or frame for frame in frames(*given))
+    )
     assert shown(open_video(grey).read(np.array([0, 26]))) == [0, 26]
-    assert len(decoded) == 4
+    assert len(decoded) <= 4
 
 
 def test_the_processor_reads_a_file_an_array_and_a_clip(grey: Path) -> None:
