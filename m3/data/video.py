@@ -23,6 +23,8 @@ from m3.plugins import File
 MOST_PIXELS = 2**26
 """Of a frame. A damaged header may claim any size, and FFmpeg would make room for it."""
 
+INSTALL = "run `pip install 'm3-multimodal[video]'`"
+
 MOST_THREADS = 4
 """Of a decoder. Each begins with a frame of its own, so more of them mostly decode what nobody asked for."""
 
@@ -54,12 +56,12 @@ def open_video(file: File) -> Frames:
     """
     for package, opener in {
         "av": _open_with_av,
-        "decord": _open_with_decord,
+        "decord": open_with_decord,
         "torchcodec": _open_with_torchcodec,
     }.items():
         if importlib.util.find_spec(package) is not None:
             return opener(file)
-    raise M3Error("videos need PyAV (or decord, or torchcodec); run `pip install 'm3-multimodal[video]'`.")
+    raise M3Error(f"videos need PyAV (or decord, or torchcodec); {INSTALL}.")
 
 
 def threads() -> int:
@@ -80,7 +82,7 @@ def container(file: File) -> Iterator[Any]:
     try:
         import av
     except ImportError as error:
-        raise M3Error(f"videos need PyAV ({error}); run `pip install 'm3-multimodal[video]'`.") from error
+        raise M3Error(f"videos need PyAV ({error}); {INSTALL}.") from error
     if not isinstance(file, Path):
         file.seek(0)
     try:
@@ -216,9 +218,16 @@ class DecordFile(Frames):
         return Clip(frames, times.astype(np.float32))
 
 
-def _open_with_decord(file: File) -> DecordFile:
-    import decord
+def open_with_decord(file: File) -> DecordFile:
+    """Open a video with decord.
 
+    Raises:
+        M3Error: decord is missing, or the file holds no readable video.
+    """
+    try:
+        import decord
+    except ImportError as error:
+        raise M3Error(f"decord is not installed; {INSTALL}.") from error
     try:
         source = str(file) if isinstance(file, Path) else file
         found = DecordFile(file, decord.VideoReader(source, num_threads=threads()))
@@ -257,12 +266,18 @@ class TorchcodecFile(Frames):
 
 def _open_with_torchcodec(file: File) -> TorchcodecFile:
     try:
-        from torchcodec.decoders import VideoDecoder
-    except (ImportError, RuntimeError, OSError) as error:  # without FFmpeg it can't load
-        raise M3Error("torchcodec can't load; install FFmpeg or PyAV: `pip install 'm3-multimodal[video]'`.") from error
+        import torchcodec  # type: ignore[import-not-found]  # optional, and no part of any extra
+
+        version = torchcodec.ffmpeg_major_version
+    except (ImportError, RuntimeError) as error:  # older ones can't be imported without FFmpeg
+        raise M3Error(f"torchcodec can't load ({str(error).splitlines()[0]}); {INSTALL}.") from error
+    if version is None:
+        raise M3Error(f"torchcodec finds no FFmpeg; {INSTALL}.")
     try:
         source = file if isinstance(file, Path) else file.read()
-        found = TorchcodecFile(file, VideoDecoder(source, dimension_order="NHWC", num_ffmpeg_threads=threads()))
+        found = TorchcodecFile(
+            file, torchcodec.decoders.VideoDecoder(source, dimension_order="NHWC", num_ffmpeg_threads=threads())
+        )
     except Exception as error:  # as above
         raise M3Error(f"{file.name} is cut off, damaged or no video.") from error
     if not found.count:
