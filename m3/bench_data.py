@@ -27,7 +27,11 @@ from m3.summary import meta_model
 from m3.train import open_source
 
 BATCH = 32
-PARTS = {"read": "reading (and decoding pictures)", "fit": "cutting, cropping, resizing", "collate": "making a batch"}
+PARTS = {
+    "read": "reading, decoding pictures",
+    "fit": "decoding clips, cropping, resizing",
+    "collate": "making a batch",
+}
 ALONE = "one process"
 NOTES = {
     "ImageFolder": "ImageFolder: torchvision's, with the same files, crops and sizes.",
@@ -159,7 +163,7 @@ def _print(result: dict[str, Any]) -> None:
         beside = "" if times is None else f"{times:.2f} x as fast"
         table.add_row(name, _digits(rate), _digits(rate / workers) if workers else "", beside)
     Console().print(table)
-    table = Table(title=f"Where the time of a sample goes, {ALONE}", title_justify="left")
+    table = Table(title=f"Time of a sample, {ALONE}", title_justify="left")
     table.add_column("")
     table.add_column("ms", justify="right")
     for name, seconds in result["seconds_per_sample"].items():

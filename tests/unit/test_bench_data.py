@@ -46,7 +46,7 @@ def test_every_source_of_a_mixture_has_its_own_rate(tmp_path: Path, capsys) -> N
     shown = capsys.readouterr().out
     for row in ("one process", "1 worker", "source a, one process", "source b, one process"):
         assert re.search(rf"│ {row} +│ +[\d,.]+ │", shown), shown
-    assert "Where the time of a sample goes" in shown
+    assert "Time of a sample, one process" in shown
 
 
 def test_clips_are_decoded_beside_decord(tmp_path: Path, capsys) -> None:
