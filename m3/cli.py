@@ -99,7 +99,8 @@ def _bench(options: argparse.Namespace) -> None:
     if options.recipe == "data":
         if not options.overrides:
             raise M3Error("bench data: name the recipe whose data are to be read, e.g. m3 bench data mae_tiny.")
-        bench_data(load_recipe(options.overrides[0], options.overrides[1:]), options.samples, options.json)
+        recipe = load_recipe(options.overrides[0], options.overrides[1:])
+        bench_data(recipe, options.samples, options.rounds, options.json)
         return
     bench(load_recipe(options.recipe, options.overrides), options.against, options.json, options.steps, options.rounds)
 

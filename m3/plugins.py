@@ -67,7 +67,7 @@ class Crop(NamedTuple):
     box: tuple[float, float, float, float] | None = None
     is_flipped: bool = False
 
-    def window(self, height: int, width: int, size: tuple[int, int]) -> tuple[float, float, float, float]:
+    def window(self, height: int, width: int, size: tuple[float, float]) -> tuple[float, float, float, float]:
         """Return the box for a map of height x width that is read at `size`: the given one, or the centred part."""
         if self.box is not None:
             return self.box

@@ -12,12 +12,13 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
+from m3.data.geometry import fit_map
 from m3.data.recording import Clip
-from m3.data.video import DecordFile, VideoFile, open_video
+from m3.data.video import Frames, open_video
 from m3.drawing import hide
 from m3.errors import M3Error
 from m3.modalities.image import Image
-from m3.plugins import File, Signal
+from m3.plugins import Crop, File, Signal
 from m3.samples import numbers
 
 SHOWN = 4
@@ -56,7 +57,7 @@ class Video(Image):
 
     def cut(self, sample: Any, moment: float) -> Any:
         """Choose T frames of a video or of a longer clip; the last one is repeated where there are too few."""
-        if isinstance(sample, VideoFile | DecordFile):
+        if isinstance(sample, Frames):
             return sample.read(frame_numbers(sample.count, self.spec.frames, self.spec.stride, moment))
         clip = sample if isinstance(sample, Clip) else Clip(np.asarray(sample))
         if clip.frames.ndim != 4 or not len(clip.frames):
@@ -83,7 +84,14 @@ class Video(Image):
             )
         if len(x) != self.spec.frames:
             raise M3Error(f"a clip has {len(x)} frames, but `frames` is {self.spec.frames}; cut it first.")
-        return x.permute(3, 0, 1, 2).contiguous()
+        return x.permute(3, 0, 1, 2)  # as it lies, see `fit`
+
+    def fit(self, raw: Tensor, crop: Crop) -> Tensor:
+        """Crop and resize (bicubic, antialiased) to `size`, the same crop in all frames.
+
+        Frames as a batch of pictures whose channels lie together are resized ten times faster than channels apart.
+        """
+        return fit_map(raw.transpose(0, 1), self.size, crop, "bicubic").transpose(0, 1).contiguous()
 
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw (C, T, H, W) as frames side by side, at most four of them, evenly spread."""

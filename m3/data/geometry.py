@@ -5,9 +5,10 @@ Letters: C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
+from random import Random
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from m3.errors import M3Error
@@ -15,9 +16,19 @@ from m3.plugins import Crop
 
 Interpolation = Literal["bicubic", "nearest-exact"]
 
+ASPECTS = (3 / 4, 4 / 3)
+"""Narrowest and widest random crop, width over height in pixels."""
+
+DRAWS = 10
+"""Crops that are drawn until one lies within the sample."""
+
 
 def random_crop(key: int, scale: tuple[float, float] | None, flip: float, size: tuple[int, int]) -> Crop:
-    """Draw a crop as torchvision's RandomResizedCrop does (aspect 3/4 to 4/3), from the sample's key alone.
+    """Draw a crop from the sample's key alone, distributed as torchvision's RandomResizedCrop.
+
+    Area uniform, aspect log-uniform, place uniform (Szegedy et al. 2014, section 6); where none of ten draws fits,
+    the largest centred part of an allowed aspect. Torch's generator is not used: to set it aside and seed it takes
+    as long as resizing a small picture.
 
     Args:
         key: decides the draw.
@@ -25,15 +36,19 @@ def random_crop(key: int, scale: tuple[float, float] | None, flip: float, size: 
         flip: probability of a horizontal flip.
         size: (H, W) of the sample, since the aspect is one of pixels.
     """
-    transforms = _torchvision().transforms
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(key & 0x7FFFFFFFFFFFFFFF)
-        is_flipped = bool(torch.rand(()) < flip)
-        if scale is None:
-            return Crop(None, is_flipped)
-        canvas = torch.empty(1, *size)
-        top, left, height, width = transforms.RandomResizedCrop.get_params(canvas, list(scale), [3 / 4, 4 / 3])
-    return Crop((top / size[0], left / size[1], height / size[0], width / size[1]), is_flipped)
+    draws = Random(key)
+    is_flipped = draws.random() < flip
+    if scale is None:
+        return Crop(None, is_flipped)
+    for _ in range(DRAWS):
+        area = draws.uniform(*scale) * size[0] * size[1]
+        aspect = math.exp(draws.uniform(math.log(ASPECTS[0]), math.log(ASPECTS[1])))
+        height, width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < height <= size[0] and 0 < width <= size[1]:
+            top, left = draws.randint(0, size[0] - height), draws.randint(0, size[1] - width)
+            return Crop((top / size[0], left / size[1], height / size[0], width / size[1]), is_flipped)
+    aspect = min(max(size[1] / size[0], ASPECTS[0]), ASPECTS[1])
+    return Crop(Crop().window(*size, (1, aspect)), is_flipped)
 
 
 def fit_map(x: Tensor, size: tuple[int, int], crop: Crop, interpolation: Interpolation) -> Tensor:

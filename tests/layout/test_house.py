@@ -59,6 +59,7 @@ ORDER = (
         "doctor",
         "bench",
         "bench_data",
+        "bench_data_peers",
         "testing",
         "plugin_commands",
         "data.commands",

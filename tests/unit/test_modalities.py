@@ -1,6 +1,7 @@
 """Image, depth and semantic map: real files, checks and their sentences, values by hand, alignment, measures."""
 
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
+from m3.data.files import Member
 from m3.data.geometry import fit_map
 from m3.errors import M3Error
 from m3.network import build_modalities
@@ -44,6 +46,34 @@ def test_a_colour_png_comes_in_as_it_is_and_a_jpeg_nearly(tmp_path: Path) -> Non
     read = from_file(image(), tmp_path / "a.jpg")
     assert read.shape == (3, 24, 32)
     assert (read.int() - torch.from_numpy(smooth).permute(2, 0, 1).int()).abs().float().mean() < 4
+
+
+@pytest.mark.parametrize("orientation", [None, 6])
+def test_a_jpeg_is_decoded_to_the_values_that_pillow_gives(orientation: int | None, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (45, 61, 3), np.uint8)
+    exif = PILImage.Exif()
+    if orientation:
+        exif[274] = orientation  # 6: the camera was turned, the picture must be turned to the right
+    for options in ({}, {"subsampling": 0, "quality": 60}, {"progressive": True}, {"restart_marker_rows": 1}):
+        PILImage.fromarray(noise).save(tmp_path / "a.jpg", exif=exif, **options)
+        with PILImage.open(tmp_path / "a.jpg") as picture:
+            expected = np.array(picture)
+        expected = np.rot90(expected, -1) if orientation else expected
+        for file in (tmp_path / "a.jpg", Member((tmp_path / "a.jpg").read_bytes(), "a.jpg")):
+            assert np.array_equal(np.asarray(image().load(file)), expected)
+
+
+def test_a_jpeg_that_torchvision_refuses_is_left_to_pillow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    PILImage.fromarray(PIXELS).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    expected = from_file(image(), tmp_path / "a.jpg")
+    monkeypatch.setitem(sys.modules, "torchvision.io", None)  # what an import then says: there is no such module
+    assert torch.equal(from_file(image(), tmp_path / "a.jpg"), expected)
+    monkeypatch.undo()
+    for file in (tmp_path / "cut.jpg", Member(data[:-20], "cut.jpg")):
+        (tmp_path / "cut.jpg").write_bytes(data[:-20])
+        with pytest.raises(OSError, match="image file is truncated"):
+            image().load(file)
 
 
 def test_grey_palette_and_transparent_files_become_three_channels(tmp_path: Path) -> None:

@@ -1,13 +1,9 @@
-"""Tar shards: packing, reading at any place, checking, and what is said about broken ones."""
+"""Tar shards: names of members, reading at any place, the index, and what is said about broken ones."""
 
-import argparse
-import io
 import json
-import multiprocessing
 import os
 import pickle
 import tarfile
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,86 +11,17 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image as PILImage
-from rich.console import Console
 
 from m3.data import shards
-from m3.data.check import check, print_report
-from m3.data.commands import add_arguments
+from m3.data.check import check
 from m3.data.files import Member, encode
 from m3.data.loader import Order, Samples
 from m3.data.pack import Packed, pack
 from m3.data.shards import Index, index_of, join_name, read_member, split_name
-from m3.data.source import Source, coverage, open_source
+from m3.data.source import coverage, open_source
 from m3.errors import M3Error
-from m3.modalities.image import Image
-from m3.plugins import Modality
 from m3.recipe import DataSpec
-
-
-class Depth(Image):
-    """Stands for a second map that shares .png with images."""
-
-    extensions = (".png", ".npy")
-
-    def load(self, path: Any) -> np.ndarray:
-        return np.load(path) if path.name.endswith(".npy") else np.array(PILImage.open(path))
-
-
-class Text(Image):
-    """Stands for a modality of its own file type."""
-
-    extensions = (".txt",)
-
-    def load(self, path: Any) -> str:
-        return path.read_text() if isinstance(path, Path) else path.read().decode()
-
-
-def modalities(*names: str) -> dict[str, Modality]:
-    known = {"image": Image, "depth": Depth, "text": Text}
-    return {name: known[name](Image.Spec(size=4)) for name in names}
-
-
-ALL = ("image", "depth", "text")
-
-
-def open_data(root: Path | str, *names: str, source: str = "shards", split: Any = "train", **more: Any) -> Source:
-    spec = DataSpec(source=source, root=str(root), **{"held_out": 0, **more})
-    return open_source(spec, modalities(*names), 0, split)
-
-
-def png(value: int) -> bytes:
-    file = io.BytesIO()
-    PILImage.fromarray(np.arange(value, value + 48, dtype=np.uint8).reshape(4, 4, 3)).save(file, "PNG")
-    return file.getvalue()
-
-
-def scenes(root: Path, count: int) -> Path:
-    """Folders with ids in subfolders and with dots; of four samples one lacks its depth."""
-    for i in range(count):
-        key = f"{'ab'[i % 2]}/{i:03d}.v1"
-        for name, data in {"image.png": png(i), "depth.png": png(2 * i), "text.txt": f"scene {i}\n".encode()}.items():
-            folder, ending = name.split(".")
-            file = root / folder / f"{key}.{ending}"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            if folder != "depth" or i % 4 != 3:
-                file.write_bytes(data)
-    return root
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def contents(source: Source) -> list[tuple[str, dict[str, Any], dict[str, int]]]:
-    samples = [source.read(i) for i in range(len(source))]
-    return [(s.id, {n: np.asarray(x).tolist() for n, x in s.signals.items()}, s.labels) for s in samples]
-
+from tests.unit.shard_files import ALL, contents, modalities, open_data, png, scenes, write_tar
 
 # ---------------------------------------------------------------------------------------------- names
 
@@ -350,172 +277,3 @@ def test_an_address_is_read_like_a_folder(tmp_path: Path) -> None:
         assert contents(open_data(f"{root}/", *ALL, missing="allow")) == contents(folder)
         assert (check(root).samples, check(root).unreadable) == (6, ())
     store.rm(f"/{tmp_path.name}", recursive=True)
-
-
-# ---------------------------------------------------------------------------------------------- packing
-
-
-def bytes_of(root: Path) -> dict[str, bytes]:
-    return {path.relative_to(root).as_posix(): path.read_bytes() for path in sorted(root.rglob("*.tar"))}
-
-
-def test_ranks_write_disjoint_shards_that_together_are_the_whole(tmp_path: Path) -> None:
-    folder = open_data(scenes(tmp_path / "files", 10), *ALL, source="folder", missing="allow")
-    pack(folder, modalities(*ALL), tmp_path / "alone", 3)
-    done = [pack(folder, modalities(*ALL), tmp_path / "shared", 3, "one", rank, 3) for rank in range(3)]
-    assert done == [Packed(2, 0), Packed(1, 0), Packed(1, 0)]
-    assert bytes_of(tmp_path / "shared") == bytes_of(tmp_path / "alone")
-    assert not list(tmp_path.rglob("*.part"))
-
-
-def pack_files(root: Path, out: Path, layout: Any) -> None:
-    pack(open_data(root, *ALL, source="folder", missing="allow"), modalities(*ALL), out, 2, layout)
-
-
-@pytest.mark.parametrize("layout", ["one", "modality"])
-def test_processes_that_pack_the_same_shards_do_not_disturb_each_other(layout: Any, tmp_path: Path) -> None:
-    root = scenes(tmp_path / "files", 24)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork in a process with threads
-        context = multiprocessing.get_context("fork")
-        both = [context.Process(target=pack_files, args=(root, tmp_path / "out", layout)) for _ in range(2)]
-        for process in both:
-            process.start()
-    for process in both:
-        process.join(60)
-    assert [process.exitcode for process in both] == [0, 0]
-    pack_files(root, tmp_path / "alone", layout)
-    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
-    assert not list(tmp_path.rglob("*.part"))
-    folder = open_data(root, *ALL, source="folder", missing="allow")
-    assert contents(open_data(tmp_path / "out", *ALL, missing="allow")) == contents(folder)
-
-
-def test_a_pack_that_was_cut_goes_on_and_leaves_no_half_shard(tmp_path: Path) -> None:
-    root, out = scenes(tmp_path / "files", 8), tmp_path / "out"
-    hidden = root / "image/b/005.v1.png"
-    folder = open_data(root, *ALL, source="folder", missing="allow")
-    hidden.rename(tmp_path / "aside.png")
-    for layout in ("one", "modality"):
-        with pytest.raises(M3Error, match=r"there is no file .*b/005.v1.png for `image`"):
-            pack(folder, modalities(*ALL), out / layout, 3, layout)
-    assert sorted(bytes_of(out / "one")) == ["000000.tar", "000001.tar"]
-    assert not list(out.rglob("*.part"))
-    (tmp_path / "aside.png").rename(hidden)
-    before = (out / "one/000000.tar").stat().st_mtime_ns
-    assert pack(folder, modalities(*ALL), out / "one", 3) == Packed(1, 2)
-    assert (out / "one/000000.tar").stat().st_mtime_ns == before
-    (out / "modality/text/000001.tar").unlink()
-    assert pack(folder, modalities(*ALL), out / "modality", 3, "modality") == Packed(2, 1)
-    assert len(open_data(out / "modality", *ALL, missing="allow")) == 8
-
-
-def test_shards_of_another_pack_are_refused(tmp_path: Path) -> None:
-    folder = open_data(scenes(tmp_path / "files", 8), *ALL, source="folder", missing="allow")
-    pack(folder, modalities(*ALL), tmp_path / "out", 3)
-    with pytest.raises(M3Error, match=r"out/000002.tar is not part of this pack; remove it or pack into another"):
-        pack(folder, modalities(*ALL), tmp_path / "out", 4)
-    with pytest.raises(M3Error, match=r"out/000000.tar is not part of this pack"):
-        pack(folder, modalities(*ALL), tmp_path / "out", 3, "modality")
-    with pytest.raises(M3Error, match=r"000000.tar holds 3 samples that are not the 2 of this shard"):
-        pack(folder, modalities(*ALL), tmp_path / "out", 2)
-    (tmp_path / "out/000000.tar").write_bytes((tmp_path / "out/000001.tar").read_bytes())
-    with pytest.raises(M3Error, match=r"000000.tar holds 3 samples that are not the 3 of this shard"):
-        pack(folder, modalities(*ALL), tmp_path / "out", 3)
-
-
-def test_what_could_not_be_read_again_is_not_packed(tmp_path: Path) -> None:
-    world = open_source(DataSpec(samples=2), modalities("image", "depth"), 0, "train")
-    with pytest.raises(M3Error, match=r"world/train/000000: `depth` would be stored as .npy, but it reads .txt; add"):
-        pack(world, {**modalities("image"), "depth": Text(Image.Spec(size=4))}, tmp_path / "out")
-    twice = {"sources": {"a": {"samples": 2}}}
-    mixture = open_source(DataSpec(source="mixture", options=twice, samples=3), modalities("image"), 0, "train")
-    with pytest.raises(M3Error, match=r"a/world/train/000000: this sample comes twice; pack the parts of a mixture"):
-        pack(mixture, modalities("image"), tmp_path / "out")
-    assert not bytes_of(tmp_path / "out")
-
-
-# --------------------------------------------------------------------------------------------- checking
-
-
-def test_a_check_counts_what_is_there_and_names_what_is_broken(tmp_path: Path) -> None:
-    good = {"1.jpg": png(0), "1.depth.png": png(1), "1.labels.json": b"{}", "2.jpg": png(2)}
-    write_tar(tmp_path / "0.tar", good)
-    report = check(str(tmp_path))
-    assert (report.shards, report.samples, report.is_sound) == (1, 2, True)
-    assert report.coverage == {".jpg": 2, "depth": 1, "labels": 1}
-    write_tar(
-        tmp_path / "1.tar", {"3.jpg": png(0)[:50], "3.txt": b"\xff", "4.npy": b"", "5.bin": b"x", "5.jpg": png(1)}
-    )
-    tar = write_tar(tmp_path / "2.tar", {"6.jpg": png(0)})
-    tar.write_bytes(tar.read_bytes()[:600])
-    report = check(str(tmp_path))
-    assert (report.shards, report.samples, report.is_sound) == (3, 5, False)
-    assert [sentence.split(":")[0].rpartition("/")[2] for sentence in report.unreadable] == ["1.tar"] * 3 + ["2.tar"]
-    for member in ("`3.jpg` can't be read: ", "`3.txt` can't be read: ", "`4.npy` can't be read: the file is empty"):
-        assert any(member in sentence for sentence in report.unreadable)
-    assert "breaks off after `6.jpg`" in report.unreadable[3]
-
-
-def test_a_check_names_keys_that_do_not_fit(tmp_path: Path) -> None:
-    for name, keys in (("image", "abc"), ("depth", "ac")):
-        write_tar(tmp_path / name / "0.tar", {f"{key}.png": png(0) for key in keys})
-    write_tar(tmp_path / "image/1.tar", {"d.png": png(0)})
-    report = check(str(tmp_path))
-    assert (report.samples, report.coverage) == (4, {"depth": 2, "image": 4})
-    assert report.misaligned == (
-        f"{tmp_path}/0: `depth` has no `b` (1 such)",
-        f"{tmp_path}/1: `depth` has no `d` (1 such)",
-    )
-    with tarfile.open(tmp_path / "image/1.tar", "a") as tar:
-        tar.addfile(tarfile.TarInfo("d.jpg"))
-    assert f"{tmp_path}/1: `d` is there more than once in `image` (1 such)" in check(str(tmp_path)).misaligned
-
-
-def test_the_report_is_printed_as_a_table(tmp_path: Path) -> None:
-    write_tar(tmp_path / "0.tar", {"1.jpg": png(0), "2.jpg": b"", "2.txt": b"a"})
-    console = Console(file=io.StringIO(), width=200, record=True)
-    print_report(check(str(tmp_path)), console)
-    text = console.export_text()
-    assert "1 shards, 2 samples" in text
-    assert [line.split()[1:6:2] for line in text.splitlines() if ".txt" in line] == [[".txt", "1", "50.0%"]]
-    assert "0.tar: `2.jpg` can't be read: the file is empty" in text
-
-
-# --------------------------------------------------------------------------------------------- commands
-
-RECIPE = """
-modalities: {image: {type: image, size: 16, tokenizer: {type: patch, size: 8}}}
-objectives: {pixels: {type: reconstruct}}
-train: {steps: 1}
-"""
-
-
-def run(*words: str) -> int:
-    parser = argparse.ArgumentParser()
-    add_arguments(parser.add_subparsers())
-    options = parser.parse_args(words)
-    return options.run(options) or 0
-
-
-def test_the_commands_pack_both_splits_and_check_them(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
-    (tmp_path / "mine.yaml").write_text(RECIPE)
-    recipe, out = str(tmp_path / "mine.yaml"), str(tmp_path / "out")
-    size = ["data.samples=5", "data.held_out=2"]
-    assert run("data", "pack", recipe, out, *size, "--per-shard", "2") == 0
-    text = capsys.readouterr().out
-    assert "out/train: 5 samples (image 100.0%); 3 shards written, 0 were there." in text
-    assert "out/val: 2 samples (image 100.0%); 1 shards written, 0 were there." in text
-    held_out = open_data(out, "image", split="held_out", held_out=5)
-    assert [held_out.name(i) for i in range(2)] == ["world/held_out/000000", "world/held_out/000001"]
-    assert run("data", "check", out) == 0
-    assert "5 samples" in capsys.readouterr().out
-    (tmp_path / "out/val/000000.tar").write_bytes(b"")
-    assert run("data", "check", out) == 1
-    assert "breaks off at its start" in capsys.readouterr().out
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run("data", "pack", recipe, f"{out}2", "data.samples=5", "data.held_out=0", "--per-shard", "2") == 0
-    assert sorted(bytes_of(tmp_path / "out2")) == ["000001.tar"]
-    with pytest.raises(M3Error, match="--per-shard: a shard holds at least one sample, got 0"):
-        run("data", "pack", recipe, out, "--per-shard", "0")

@@ -1,8 +1,5 @@
 """Videos: which frames, files of every kind through the public path, times as positions, damaged files."""
 
-import importlib.util
-import io
-import time
 from pathlib import Path
 
 import numpy as np
@@ -10,49 +7,25 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from m3.data.files import Member
 from m3.data.loader import Samples, first_batches
 from m3.data.recording import Clip
 from m3.data.source import open_source
-from m3.data.video import DecordFile, VideoFile, open_video
+from m3.data.video import open_video
 from m3.errors import M3Error
-from m3.modalities.video import Video, frame_numbers
+from m3.modalities.video import frame_numbers
 from m3.network import build_modalities
 from m3.plugins import Crop
 from m3.processor import M3Processor
 from m3.recipe import DataSpec
 from m3.tokenizers.tube import Tube
+from tests.unit.video_files import RATE, damaged, shown, video, written
 
 av = pytest.importorskip("av", reason="videos need PyAV")
-RATE = 10
-
-
-def written(path: Path, frames: int = 30, codec: str = "libx264", size: tuple[int, int] = (48, 64)) -> Path:
-    """Write a video of which frame i is grey of brightness 8 i + 8."""
-    with av.open(str(path), "w") as opened:
-        stream = opened.add_stream(codec, rate=RATE)
-        stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
-        stream.codec_context.gop_size = 12
-        for number in range(frames):
-            picture = np.full((*size, 3), 8 * number + 8, np.uint8)
-            opened.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        opened.mux(stream.encode())
-    return path
 
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return written(tmp_path_factory.mktemp("video") / "grey.mp4")
-
-
-def shown(clip: Clip | torch.Tensor) -> list[int]:
-    """Numbers of the frames of a grey video, from their brightness."""
-    frames = clip.frames if isinstance(clip, Clip) else clip.permute(1, 2, 3, 0).numpy()
-    return ((frames.mean((1, 2, 3)) - 8) / 8).round().astype(int).tolist()
-
-
-def video(**settings) -> Video:
-    return build_modalities({"x": {"type": "video", "size": [48, 64], **settings}})["x"]  # type: ignore[return-value]
 
 
 # -- which frames ---------------------------------------------------------------------------------------
@@ -85,46 +58,10 @@ def test_any_moment_stays_in_the_file_and_every_clip_can_be_drawn() -> None:
 # -- files ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ending", Video.extensions)
-def test_every_kind_of_file_gives_the_frames_that_were_written(ending: str, tmp_path: Path) -> None:
-    codec = {".webm": "libvpx", ".avi": "mpeg4"}.get(ending, "libx264")
-    found = open_video(written(tmp_path / f"a{ending}", codec=codec))
-    assert found.count == 30
-    for index in ([0, 4, 8, 12], [27, 28, 29], [0, 29], [11, 12, 13], [5], [3, 3, 7, 7]):
-        clip = found.read(np.array(index))
-        assert shown(clip) == index
-        assert clip.times is not None
-        assert clip.times.tolist() == pytest.approx([i / RATE for i in index], abs=1e-3)
-
-
-def test_a_member_of_an_archive_reads_like_a_file(grey: Path) -> None:
-    member = Member(grey.read_bytes(), "0001.mp4")
-    index = np.array([2, 9, 25])
-    assert np.array_equal(open_video(member).read(index).frames, open_video(grey).read(index).frames)
-
-
 def test_several_clips_come_from_one_open_file(grey: Path) -> None:
     part, opened = video(frames=4, stride=2), open_video(grey)
     clips = [part.cut(opened, moment) for moment in (0.0, 1.0, 0.0)]
     assert [shown(clip) for clip in clips] == [[0, 2, 4, 6], [23, 25, 27, 29], [0, 2, 4, 6]]
-
-
-def test_only_what_is_needed_is_decoded(grey: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frames 0 and 26 lie 26 apart with a key frame every 12: at most 1 + 3 are decoded, not 27."""
-    decoded = []
-    from m3.data import video as module
-
-    def counted(opened, stream, wanted):
-        before = stream.codec_context
-        for frame in opened.decode(stream):
-            decoded.append(before)
-            if frame.pts >= wanted[0]:
-                return [frame.to_ndarray(format="rgb24")]
-        raise AssertionError
-
-    monkeypatch.setattr(module, "_decode", counted)
-    assert shown(open_video(grey).read(np.array([0, 26]))) == [0, 26]
-    assert len(decoded) == 4
 
 
 def test_the_processor_reads_a_file_an_array_and_a_clip(grey: Path) -> None:
@@ -239,57 +176,6 @@ def test_each_clip_of_a_batch_has_its_own_times_or_its_numbers() -> None:
     assert found.tolist() == [[0.25, 2.25, 4.25, 6.25], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
-# -- damaged files --------------------------------------------------------------------------------------
-
-
-def damaged(whole: bytes) -> dict[str, bytes]:
-    return {
-        "half": whole[: len(whole) // 2],
-        "begin": whole[:1024],
-        "end": whole[len(whole) // 2 :],
-        "empty": b"",
-        "text": b"this is no video\n" * 50,
-        "noise": np.random.default_rng(0).bytes(20_000),
-        "holes": whole[: len(whole) // 4] + bytes(len(whole) // 2) + whole[-(len(whole) // 4) :],
-    }
-
-
-@pytest.mark.parametrize("kind", ["half", "begin", "end", "empty", "text", "noise", "holes"])
-def test_a_damaged_file_is_one_sentence(kind: str, grey: Path, tmp_path: Path) -> None:
-    path = tmp_path / "bad.mp4"
-    path.write_bytes(damaged(grey.read_bytes())[kind])
-    start = time.perf_counter()
-    sentence = r"^bad.mp4 (is cut off, damaged or no video: [^\n]+|breaks off before its frame \d+; leave it out)\.$"
-    for file in (path, Member(path.read_bytes(), "bad.mp4")):
-        with pytest.raises(M3Error, match=sentence):
-            open_video(file).read(np.arange(30))
-    assert time.perf_counter() - start < 5
-
-
-def test_a_video_that_stops_early_is_refused_where_a_frame_is_missing(tmp_path: Path) -> None:
-    """A .webm has no table of frames: cut in half it is a shorter video, of which all that is listed can be read."""
-    whole = written(tmp_path / "a.webm", codec="libvpx")
-    whole.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    found = open_video(whole)
-    assert 3 < found.count < 30
-    assert len(found.read(np.arange(found.count - 1)).frames) == found.count - 1
-    broken = VideoFile(whole, np.append(found.stamps, found.stamps[-1] + 5000), found.keys)
-    with pytest.raises(M3Error, match=r"^a.webm breaks off before its frame \d+; leave it out.$"):
-        broken.read(np.array([0, broken.count - 1]))
-
-
-def test_a_file_without_pictures_is_one_sentence(tmp_path: Path) -> None:
-    sound = io.BytesIO()
-    with av.open(sound, "w", format="mp4") as opened:
-        stream = opened.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        opened.mux(stream.encode(frame))
-        opened.mux(stream.encode())
-    with pytest.raises(M3Error, match=r"^a.mp4 has no pictures; leave it out.$"):
-        open_video(Member(sound.getvalue(), "a.mp4"))
-
-
 def test_unreadable_videos_are_counted_and_replaced_in_training(grey: Path, tmp_path: Path) -> None:
     folder = tmp_path / "video"
     folder.mkdir()
@@ -363,19 +249,3 @@ def test_blanks_and_batches_look_like_what_fit_returns() -> None:
     assert part.blank(2).shape == (2, *fitted.shape)
     assert part.blank(2).dtype == fitted.dtype
     assert part.signal.extent(part.normalise(part.blank(2))) == part.signal.size == (4, 48, 64)
-
-
-def test_decord_reads_the_same_frames_where_it_is_the_only_one(grey: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("decord", reason="the second backend is not installed")
-    index = np.array([0, 3, 17])
-    expected = open_video(grey).read(index)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "av" else found(name))
-    opened = open_video(grey)
-    assert isinstance(opened, DecordFile)
-    assert opened.count == 30
-    clip = opened.read(index)
-    assert np.abs(clip.frames.astype(int) - expected.frames.astype(int)).max() <= 1
-    np.testing.assert_allclose(clip.times, expected.times, atol=1e-4)
-    with pytest.raises(M3Error, match="cut off, damaged or no video"):
-        open_video(Member(b"no video at all", "a.mp4"))

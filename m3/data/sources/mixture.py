@@ -104,7 +104,7 @@ class Mixture(Source):
         if len(known) < len(parts):
             return None
         places = [self.place(index) for index in range(self.length)]
-        return [known[part][number] if known[part] else 0 for part, number in places]
+        return [known[part][number % len(known[part])] if known[part] else 0 for part, number in places]
 
     def place(self, index: int) -> tuple[str, int]:
         """Return the part of draw `index`, counted through all epochs, and the number of its sample there."""
