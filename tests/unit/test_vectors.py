@@ -9,6 +9,7 @@ import torch
 
 from m3 import M3Error, M3Model, M3Processor, M3Tokenizer
 from m3.data.world import WorldSource
+from m3.data.world.scene import Split
 from m3.modalities.vector import HEIGHT, Vector
 from m3.parts import build_spec
 from m3.plugins import Signal
@@ -100,7 +101,7 @@ def test_the_tokenizer_makes_each_vector_a_token() -> None:
 # ------------------------------------------------------------------------------ codes of global features
 
 
-def features(split: str, count: int) -> np.ndarray:
+def features(split: Split, count: int) -> np.ndarray:
     """Pooled features (count, 192) of a random-weight teacher, of the world's images."""
     scenes = WorldSource(1, split, count, 32, 32, signals=("image",))
     pixels = torch.stack([torch.from_numpy(scenes.read(i)["signals"]["image"]).permute(2, 0, 1) for i in range(count)])
@@ -111,7 +112,8 @@ def features(split: str, count: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("vectors")
-    for split, name, count in (("train", "train", 512), ("held_out", "val", 64)):
+    splits: tuple[tuple[Split, str, int], ...] = (("train", "train", 512), ("held_out", "val", 64))
+    for split, name, count in splits:
         (folder / "data" / name / "feature").mkdir(parents=True)
         for number, vector in enumerate(features(split, count)):
             np.save(folder / "data" / name / "feature" / f"{number:04d}.npy", vector)
