@@ -24,7 +24,7 @@ KINDS = {
     "image": ("tokenizer_image_fsq", ["objectives.autoencode.quantiser.levels=[4,3]"]),
     "depth": ("tokenizer_depth_vq", ["objectives.autoencode.quantiser.codes=40"]),
     "semantic": ("tokenizer_semantic_vq", ["objectives.autoencode.quantiser.codes=40"]),
-    "normals": ("tokenizer_normals_fsq", ["objectives.autoencode.quantiser.levels=[3,3]"]),
+    "normals": ("tokenizer_normals_vq", ["objectives.autoencode.quantiser.codes=40"]),
     "audio": ("tokenizer_audio_vq", ["objectives.autoencode.quantiser.codes=40"]),
 }
 MAPS = ("image", "depth", "semantic", "normals")
