@@ -179,3 +179,24 @@ def test_a_short_sound_has_fewer_codes_and_the_rest_does_not_exist(folders: dict
     assert raw.shape == (12, 4)
     assert raw[6:].unique().tolist() == [-1]
     assert part.show(part.normalise(raw.unsqueeze(0))[0]).shape == (64, 192, 3)
+
+
+def test_feature_maps_of_a_teacher_are_told_by_codes(tmp_path: Path) -> None:
+    """As 4M's tokenizers of CLIP and DINO; the teacher's weights are random, since none come with the code."""
+    feature = "{type: feature_map, teacher: 'timm:vit_tiny_patch16_224', size: 32, tokenizer: {type: patch, size: 1}}"
+    own = ["modalities.depth=null", f"modalities.feature={feature}", "objectives.autoencode.of=feature"]
+    own += ["objectives.autoencode.quantiser={type: vq, codes: 64, width: 16}", "evaluate.samples=32"]
+    own += ["evaluate.tasks.depth through codes=null", "evaluate.tasks.depth, harder=null"]
+    own += ["evaluate.tasks.feature={target: feature, baseline: average_map}"]
+    own += ["train.steps=40", "train.batch_size=16", "train.warmup=5", "train.lr=2e-3", "train.threads=1"]
+    own += ["train.trackers=[]", "data.samples=256", "data.held_out=32", "data.workers=0", f"out={tmp_path / 'run'}"]
+    rows = train(load_recipe("tokenizer_depth_vq", [*SMALL, *own]))
+    table = {row.task: row for row in rows}
+    assert table["feature"].measure == "cosine"
+    assert table["feature"].is_won
+    assert table["feature codes in use"].model > 0.1
+    assert (tmp_path / "run" / "preview.png").stat().st_size > 1000
+    tokenize(str(tmp_path / "run" / "model"), load_recipe("everything_tiny", DATA), tmp_path / "out", per_shard=30)
+    codes = members(tmp_path / "out" / "train" / "feature" / "000000.tar")
+    assert {x.shape for x in codes.values()} == {(2, 2)}
+    assert len(codes) == 24
