@@ -36,7 +36,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A tokenizer of each kind, with the weights it starts with."""
     root = tmp_path_factory.mktemp("tokenizers")
     for name, (recipe, own) in KINDS.items():
-        size = [] if name == "audio" else [f"modalities.{name}.size=16", f"modalities.{name}.tokenizer.size=4"]
+        size = [f"modalities.{name}.size=16", f"modalities.{name}.tokenizer.size=4"]
+        size = ["modalities.audio.tokenizer.size=16"] if name == "audio" else size
         build_model(load_recipe(recipe, [*SMALL, *own, *size])).save_pretrained(root / name)
     return {name: root / name for name in KINDS}
 
