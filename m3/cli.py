@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("out", help="folder for the shards")
     command.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to the recipe")
     command.add_argument("--per-shard", type=int, default=1000, help="samples in a shard (default 1000)")
+    command.add_argument(
+        "--copy",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="modality of the recipe to store as it is (captions)",
+    )
     add("doctor", _doctor, "print versions, devices and which optional parts load", recipe=False)
     plugin_commands.add_arguments(commands)
     return parser
@@ -124,7 +131,7 @@ def _tokenize(options: argparse.Namespace) -> None:
     from m3.tokenize_data import tokenize
 
     recipe = load_recipe(options.recipe, options.overrides)
-    tokenize(options.tokenizer, recipe, Path(options.out), options.per_shard)
+    tokenize(options.tokenizer, recipe, Path(options.out), options.per_shard, options.copy)
 
 
 def _doctor(options: argparse.Namespace) -> None:

@@ -72,6 +72,19 @@ def codes_used(counts: Tensor) -> tuple[float, float]:
     return float((counts > 0).double().mean()), float(perplexity.mean())
 
 
+def spread_codes(flags: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Spread flags (B, *grid) of codes over the places they stand for: (B, *size) bool; of several heads any counts.
+
+    Args:
+        flags: bool; one axis more than `size` has where each place has several code numbers.
+        size: multiples of the grid.
+    """
+    flags = flags.any(-1) if flags.ndim > len(size) + 1 else flags
+    for axis, extent in enumerate(size, start=1):
+        flags = flags.repeat_interleave(extent // flags.shape[axis], axis)
+    return flags
+
+
 def assigned(rows: Tensor, indices: Tensor, is_valid: Tensor | None, codes: int) -> tuple[Tensor, Tensor]:
     """Count and add rows (H, M, E) per code of indices (H, M) -> (H, K) and (H, K, E)."""
     heads, _, width = rows.shape

@@ -1,6 +1,7 @@
 """Coders of autoencoders: from the embedded tokens of a modality to the vectors of its codes, and back.
 
-A coder reads tokens after `Tokenizer.embed`, so images, depth, class maps, spectrograms and feature maps look alike.
+A coder reads tokens after `Tokenizer.embed`, so images, depth, class maps, spectrograms, feature maps and vectors look
+alike.
 Letters: B batch, N content tokens, M codes, D width, R rows and C columns of a grid of tokens.
 """
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
-from m3.backbone import Backbone, BackboneSpec, Block
+from m3.backbone import MLP, Backbone, BackboneSpec, Block
 from m3.errors import M3Error
 from m3.plugins import Strict, Tokenizer
 from m3.positions import additive
@@ -134,6 +135,57 @@ class Conv(nn.Module):
             return None
         cells = F.max_pool2d(_as_map(tokens.is_valid.unsqueeze(-1).float(), self.grid), self.cell)
         return cells.flatten(1) > 0
+
+
+class Mlp(nn.Module):
+    """Residual MLPs on both sides, every token by itself (4M's coder of global features, its `BottleneckMLP`).
+
+    For vectors, of which a sample has one; with `heads` of the quantiser each is told by several codes.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: mlp`.
+
+        Attributes:
+            depth: blocks of the encoder, and of the decoder (4M: 6 of width 1024).
+        """
+
+        depth: PositiveInt = 6
+
+    def __init__(self, spec: Spec, backbone: BackboneSpec, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.reference = tokenizer.reference
+        self.encoder, self.decoder = _mlps(backbone, spec.depth), _mlps(backbone, spec.depth)
+
+    def encode(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Turn embedded tokens (B, N, D) into (B, N, D)."""
+        return self.encoder(x)
+
+    def decode(self, x: Tensor, tokens: Tokens) -> Tensor:
+        """Turn what codes stand for (B, N, D) into (B, N, D)."""
+        return self.decoder(x)
+
+    def is_valid(self, tokens: Tokens) -> Tensor | None:
+        """Return (B, N) bool: a code exists where its token does."""
+        return tokens.is_valid
+
+
+class ResidualMlp(nn.Module):
+    """x + mlp(norm(x))."""
+
+    def __init__(self, width: int, mlp_ratio: float, eps: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return x + self.mlp(self.norm(x))
+
+
+def _mlps(spec: BackboneSpec, count: int) -> nn.Sequential:
+    blocks = [ResidualMlp(spec.width, spec.mlp_ratio, spec.norm_eps) for _ in range(count)]
+    return nn.Sequential(*blocks, nn.LayerNorm(spec.width, eps=spec.norm_eps))
 
 
 class Residual(nn.Module):

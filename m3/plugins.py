@@ -80,21 +80,22 @@ class Modality(ABC):
     """What a signal is: how to load, fit, normalise, show and measure it. Holds no parameters.
 
     A subclass defines `Spec`, the settings of the recipe, and the methods below. "Raw" is the form in which
-    a sample travels to the device: compact and in the signal's own unit.
+    a sample travels to the device: compact and in the signal's own unit. What is said of the class below may be
+    said of an object instead, where it depends on the settings.
     """
 
     Spec: ClassVar[type[Strict]]
     """The settings of the modality in the recipe; a nested class in the subclass."""
 
-    extensions: ClassVar[tuple[str, ...]] = ()
+    extensions: tuple[str, ...] = ()
     """File endings that `load` reads, lower case, with the dot."""
 
-    measure: ClassVar[str] = "error"
+    measure: str = "error"
     """Name and unit of what `score` returns, e.g. `PSNR dB`."""
 
-    higher_is_better: ClassVar[bool] = False
+    higher_is_better: bool = False
 
-    centre: ClassVar[Literal["mean", "median"]] = "mean"
+    centre: Literal["mean", "median"] = "mean"
     """Which constant is best under the measure, for baselines: the median under absolute errors."""
 
     is_map: ClassVar[bool] = False
@@ -115,7 +116,7 @@ class Modality(ABC):
     is_inline: ClassVar[bool] = False
     """True where a manifest may hold the sample itself (a sentence) instead of a path."""
 
-    reads: ClassVar[str] = ""
+    reads: str = ""
     """Type of the signal that a source gives it, where that is not its own: features are made of images."""
 
     def __init__(self, spec: Any) -> None:

@@ -52,7 +52,7 @@ class Quantiser(Protocol):
 class Fsq(nn.Module):
     """Finite scalar quantisation (Mentzer et al. 2023): every dimension is bounded and rounded to a few levels.
 
-    Nothing is learned here and no code can die. With L levels a dimension is tanh(z + s) h - o, rounded, where
+    Nothing is learned here. With L levels a dimension is tanh(z + s) h - o, rounded, where
     h = (L - 1) (1 + 0.001) / 2, and o = 1/2 for even L, else 0; s = artanh(o / h) lets z = 0 stay at 0 (the paper's
     listing has tan where this inverse of tanh is meant). Divided by floor(L / 2), levels lie in [-1, 1].
     """
@@ -62,9 +62,12 @@ class Fsq(nn.Module):
 
         Attributes:
             levels: L of each dimension; K is their product (8 x 5 x 5 x 5 = 1000, 8 x 8 x 8 x 6 x 5 = 15360).
+            commitment: weight of a loss that brings numbers back from where the bound is flat and passes no gradient:
+                there a dimension can be stuck on one level for good. 0: none, as in the paper.
         """
 
         levels: tuple[int, ...] = Field(default=(8, 5, 5, 5), min_length=1)
+        commitment: NonNegativeFloat = 0.0
 
         @model_validator(mode="after")
         def _at_least_two(self) -> Fsq.Spec:
@@ -72,23 +75,29 @@ class Fsq(nn.Module):
                 raise ValueError(f"levels must be 2 or more in every dimension, got {list(self.levels)}")
             return self
 
-    commitment = 0.0
     heads = 1
+    FLAT = 2.0
+    """|x| from which tanh(x) is called flat: it is 0.964 there, with a slope of 0.07."""
 
     def __init__(self, spec: Spec) -> None:
         super().__init__()
-        self.width, self.codes = len(spec.levels), math.prod(spec.levels)
+        self.width, self.codes, self.commitment = len(spec.levels), math.prod(spec.levels), spec.commitment
         # Saved with the weights: a model that is loaded gets no other values for its buffers.
         self.register_buffer("levels", torch.tensor(spec.levels))
         self.levels: Tensor
 
     def forward(self, z: Tensor, is_valid: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise z (B, N, d) -> levels in [-1, 1] (B, N, d), indices (B, N), losses (B, N) of 0."""
-        bounded = self._bound(z.float())
+        """Quantise z (B, N, d) -> levels in [-1, 1] (B, N, d), indices (B, N), losses (B, N).
+
+        A loss is the squared distance to where the bound is not flat, mean over d.
+        """
+        centred = z.float() + torch.atanh(self._offset / self._reach)
+        bounded = torch.tanh(centred) * self._reach - self._offset
         rounded = bounded.round()
         quantised = (bounded + (rounded - bounded).detach()) / self._half
         places = rounded.detach().long() + self._half
-        return quantised, (places * self._basis).sum(-1), torch.zeros_like(bounded[..., 0])
+        losses = (centred.abs() - self.FLAT).relu().square().mean(-1)
+        return quantised, (places * self._basis).sum(-1), losses
 
     def decode(self, indices: Tensor) -> Tensor:
         """Return the levels (B, N, d) in [-1, 1] of indices (B, N); the first dimension counts fastest."""
@@ -98,10 +107,13 @@ class Fsq(nn.Module):
     def update(self) -> None:
         """Do nothing: there is nothing to learn."""
 
-    def _bound(self, z: Tensor) -> Tensor:
-        half = (self.levels - 1) * (1 + 1e-3) / 2
-        offset = (1 - self.levels % 2) / 2
-        return torch.tanh(z + torch.atanh(offset / half)) * half - offset
+    @property
+    def _reach(self) -> Tensor:
+        return (self.levels - 1) * (1 + 1e-3) / 2
+
+    @property
+    def _offset(self) -> Tensor:
+        return (1 - self.levels % 2) / 2
 
     @property
     def _half(self) -> Tensor:

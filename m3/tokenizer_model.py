@@ -134,6 +134,21 @@ def fingerprint(path: str | Path) -> str:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
 
 
+def check_fingerprint(path: str | Path, expected: str | None) -> str:
+    """Return the hash of the weights in a model folder.
+
+    Raises:
+        M3Error: there are none, or they have another hash than the `expected` one.
+    """
+    found = fingerprint(path)
+    if expected not in (None, found):
+        raise M3Error(
+            f"the tokenizer in `{path}` is not the one this model was built with (hash {found}, not "
+            f"{expected}); put the right one there or remove `hash` to start anew."
+        )
+    return found
+
+
 def missing(path: str | Path, error: OSError | None = None) -> M3Error:
     """Say that there is no tokenizer at a path."""
     cause = f" ({str(error).splitlines()[0]})" if error else ""

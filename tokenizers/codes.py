@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from m3.codebook import spread_codes
 from m3.errors import M3Error
 from m3.plugins import Signal, Strict, Tokenizer
 from m3.positions import grid
@@ -37,14 +38,9 @@ class Codes(Tokenizer):
 
     def __init__(self, spec: Spec, signal: Signal, width: int) -> None:
         super().__init__(spec, signal, width)
-        from m3.tokenizer_model import describe, fingerprint
+        from m3.tokenizer_model import check_fingerprint, describe
 
-        found = fingerprint(spec.path)
-        if spec.hash not in (None, found):
-            raise M3Error(
-                f"the tokenizer in `{spec.path}` is not the one this model was built with (hash {found}, not "
-                f"{spec.hash}); put the right one there or remove `hash` to start anew."
-            )
+        found = check_fingerprint(spec.path, spec.hash)
         described = describe(spec.path)
         if described.modality.signal != signal:
             raise M3Error(
@@ -74,11 +70,7 @@ class Codes(Tokenizer):
         """Decode code numbers (B, N, 1) to signals of `size`; booleans are spread over the places of their tokens."""
         if values.dtype != torch.bool:
             return self._on(values.device).decode(values.squeeze(-1), size)
-        flags = values.reshape(len(values), *self._counts(size))
-        if flags.ndim > len(size) + 1:  # several code numbers at each place
-            flags = flags.any(-1)
-        for axis, extent in enumerate(size, start=1):
-            flags = flags.repeat_interleave(extent // flags.shape[axis], axis)
+        flags = spread_codes(values.reshape(len(values), *self._counts(size)), size)
         return flags if self.given.kind == "classes" else flags.unsqueeze(self.given.channel_axis)
 
     def decode(self, output: Tensor) -> Tensor:

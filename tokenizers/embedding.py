@@ -1,6 +1,6 @@
-"""One token per id: words, value tokens, codes.
+"""One token per id: words, value tokens, codes on a grid.
 
-Letters: B batch, L ids, N = L tokens, K classes, D width.
+Letters: B batch, L extents of the axes, N tokens (their product), K classes, D width.
 """
 
 from __future__ import annotations
@@ -14,30 +14,29 @@ from m3.types import Tokens
 
 
 class Embedding(Tokenizer):
-    """A learned vector for every id; the place in the sequence is the position."""
+    """A learned vector for every id; the place in the sequence or grid is the position."""
 
     class Spec(Strict):
         """Settings of `type: embedding`; it has none."""
 
-    axes = 1
     value_width = 1
 
     def __init__(self, spec: Spec, signal: Signal, width: int) -> None:
         super().__init__(spec, signal, width)
-        if signal.kind != "classes" or len(signal.size) != 1:
-            raise M3Error(
-                f"tokenizer `embedding` reads sequences of ids, got {signal.kind} over {len(signal.size)} axes"
-            )
-        self.reference = signal.size
-        self.output_width = signal.classes
+        if signal.kind != "classes":
+            raise M3Error(f"tokenizer `embedding` reads ids, got {signal.kind}; use `patch` for maps of values.")
+        self.reference, self.axes, self.output_width = signal.size, len(signal.size), signal.classes
         # One more row for padding, which is never seen but must have a place to look up.
         self.table = nn.Embedding(signal.classes + signal.has_gaps, width)
 
     def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:
-        """Read (B, L) int64 ids, -1 behind the end -> values (B, N, 1)."""
-        counts = (signal.shape[1],)
-        is_valid = signal >= 0 if self.signal.has_gaps else None
-        return Tokens(signal.unsqueeze(-1), grid(counts, counts, signal.device), is_valid)
+        """Read (B, *L) int64 ids, -1 where there is none -> values (B, N, 1), the last axis fastest."""
+        counts = tuple(signal.shape[1:])
+        # A sequence of another length has other positions, a finer grid has some in between.
+        reference = counts if self.axes == 1 else self.reference
+        ids = signal.flatten(1)
+        is_valid = ids >= 0 if self.signal.has_gaps else None
+        return Tokens(ids.unsqueeze(-1), grid(counts, reference, signal.device), is_valid)
 
     def embed(self, values: Tensor) -> Tensor:
         """Look up (B, S, 1) -> (B, S, D)."""
@@ -45,8 +44,8 @@ class Embedding(Tokenizer):
         return self.table(ids.masked_fill(ids < 0, self.signal.classes) if self.signal.has_gaps else ids)
 
     def detokenize(self, values: Tensor, positions: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Put (B, N, 1) together to (B, L)."""
-        return values.squeeze(-1)
+        """Put (B, N, 1) together to (B, *L)."""
+        return values.squeeze(-1) if self.axes == 1 else values.reshape(len(values), *size)
 
     def decode(self, output: Tensor) -> Tensor:
         """Return the most likely ids (B, N, 1) of scores (B, N, K)."""

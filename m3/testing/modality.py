@@ -71,7 +71,7 @@ def check_modality(
     entry = {**modality, "tokenizer": tokenizer} | ({} if positions is None else {"positions": positions})
     two = {"own": entry, "other": entry}
     both = batch_of(build_modalities(two), {"own": samples, "other": samples[::-1]})
-    check_learning(two, {"reconstruct": _objective(tokens)}, both, where)
+    check_learning(two, _objectives(tokens), both, where)
 
 
 def _check_facts(part: Modality, where: str) -> None:
@@ -298,14 +298,18 @@ def _check_score(part: Modality, own: Tokenizer, tokens: Tokens, signal: Tensor,
         )
 
 
-def _objective(tokens: Tokens) -> dict[str, Any]:
-    """Settings of a masked reconstruction of both modalities, with the loss that such tokens have."""
-    loss = "mse" if tokens.values.is_floating_point() else "cross_entropy"
-    decoder = {"type": "cross_decoder", "width": 48, "depth": 1, "heads": 2}
-    target = {"loss": loss}
+def _objectives(tokens: Tokens) -> dict[str, Any]:
+    """Settings of a masked reconstruction of both modalities, with the loss that such tokens have.
+
+    Of a single token no half can be seen, so each modality is then predicted from the other one.
+    """
+    common = {"type": "reconstruct", "decoder": {"type": "cross_decoder", "width": 48, "depth": 1, "heads": 2}}
+    target = {"loss": "mse" if tokens.values.is_floating_point() else "cross_entropy"}
+    if tokens.count > 1:
+        masking = {"type": "fixed", "visible": 0.5}
+        return {"reconstruct": {**common, "masking": masking, "targets": {"own": target, "other": target}}}
+    seen = {**common, "masking": {"type": "fixed", "visible": 1.0}}
     return {
-        "type": "reconstruct",
-        "masking": {"type": "fixed", "visible": 0.5},
-        "decoder": decoder,
-        "targets": {"own": target, "other": target},
+        "there": {**seen, "inputs": ["own"], "targets": {"other": target}},
+        "back": {**seen, "inputs": ["other"], "targets": {"own": target}},
     }

@@ -152,7 +152,9 @@ def test_groups(name: str, coordinates: str) -> None:
     """Values, positions and validity of each token from the definitions, with a fourth channel."""
     cloud = [[*point, float(i)] for i, point in enumerate(CLOUDS[name])]
     spec = PointGroup.Spec(groups=7, neighbours=4, coordinates=coordinates)
-    tokens = PointGroup(spec, Signal("values", 4, (len(cloud),), has_gaps=True), 8).tokenize(torch.tensor([cloud]))
+    tokens = PointGroup(spec, Signal("values", 4, (len(cloud),), has_gaps=True, channel_axis=-1), 8).tokenize(
+        torch.tensor([cloud])
+    )
     there = existing(CLOUDS[name])
     centres = slow_farthest(CLOUDS[name], 7)
     is_valid = [i < len(there) for i in range(7)]

@@ -35,6 +35,7 @@ NEEDED: dict[str, dict[str, Any]] = {
     "feature_map": {"teacher": "timm:vit_tiny_patch16_224"},
     "text": {"vocabulary": WORDS.split(), "length": 12},
 }
+# The modality and the tokenizer of this name; test_token_shards runs the kit on the modality.
 NOT_ALONE = {"codes": "reads the folder of a trained tokenizer"}
 
 
@@ -75,11 +76,12 @@ def readers(name: str) -> list[dict[str, Any]]:
     return found
 
 
-PAIRS = [(name, tokenizer) for name in available("modalities") for tokenizer in readers(name)]
+ALONE = sorted(set(available("modalities")) - set(NOT_ALONE))
+PAIRS = [(name, tokenizer) for name in ALONE for tokenizer in readers(name)]
 
 
 def test_every_modality_has_a_tokenizer_and_every_tokenizer_a_modality() -> None:
-    assert {name for name, _ in PAIRS} == set(available("modalities"))
+    assert {name for name, _ in PAIRS} == set(ALONE)
     assert {tokenizer["type"] for _, tokenizer in PAIRS} | set(NOT_ALONE) == set(available("tokenizers"))
 
 

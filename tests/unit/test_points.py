@@ -26,7 +26,7 @@ def groups(channels: int = 5, coordinates: str = "relative", **settings) -> Poin
     spec = PointGroup.Spec(
         **{"groups": 6, "neighbours": 4, "embed_width": (8, 12, 10), "coordinates": coordinates, **settings}
     )
-    return PointGroup(spec, Signal("values", channels, (64,), has_gaps=True), width=16)
+    return PointGroup(spec, Signal("values", channels, (64,), has_gaps=True, channel_axis=-1), width=16)
 
 
 # -- checks ---------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_the_embedding_is_point_maes_layers_with_layer_norm() -> None:
 def test_parts_are_found_and_refuse_other_signals() -> None:
     assert find("modalities", "points") is Points
     assert find("tokenizers", "point_group") is PointGroup
-    for signal in (Signal("values", 3, (4, 4)), Signal("classes", 3, (4,), 5), Signal("values", 2, (4,))):
+    for signal in (Signal("values", 3, (4, 4)), Signal("classes", 3, (4,), 5), Signal("values", 3, (4,))):
         with pytest.raises(M3Error, match=r"`point_group` reads lists of points .*; use it for the modality `points`"):
             PointGroup(PointGroup.Spec(), signal, 8)
     assert points(attributes=3).signal == Signal("values", 6, (5,), has_gaps=True, channel_axis=-1)

@@ -53,7 +53,21 @@ def test_levels_are_those_computed_by_hand() -> None:
     assert quantised.tolist() == [[[-1, -1], [0, -0.5], [0, 0], [1, 0.5], [1, 0.5]]]
     # Places 0 1 1 2 2 of 3, then 0 1 2 3 3 of 4: first + 3 second.
     assert indices.tolist() == [[0, 4, 7, 11, 11]]
-    assert losses.tolist() == [[0, 0, 0, 0, 0]]
+    # Beyond 2 the bound is flat: (9 - 2)^2 and (9 - 0.3462 - 2)^2, or (9 + 0.3462 - 2)^2, and their mean.
+    torch.testing.assert_close(losses, torch.tensor([[46.6366, 0, 0, 0, 51.4834]]), atol=2e-3, rtol=0)
+
+
+def test_a_dimension_that_is_stuck_on_its_last_level_is_brought_back() -> None:
+    """At z = 12 the bound passes no gradient, so only the commitment can move it."""
+    for commitment, is_back in ((0.0, False), (1.0, True)):
+        part = Fsq(Fsq.Spec(levels=(5,), commitment=commitment))
+        z = torch.full((1, 1, 1), 12.0, requires_grad=True)
+        for _ in range(60):
+            quantised, _, losses = part(z)
+            loss = (quantised + 0.5).square().sum() + part.commitment * losses.sum()
+            (gradient,) = torch.autograd.grad(loss, z)
+            z = (z - 0.2 * gradient).detach().requires_grad_()
+        assert (part(z)[0].item() < 1) == is_back
 
 
 @pytest.mark.parametrize("levels", [(2,), (2, 3), (8, 5, 5, 5), (7, 4, 6)])
