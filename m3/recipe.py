@@ -119,6 +119,7 @@ class TrainSpec(Strict):
         lr_per: the learning rate is lr * batch_size / lr_per (MAE: 256); null: lr is used as it is.
         min_lr: where the cosine ends, scaled like `lr`.
         warmup: linear warm-up from 0, in the unit of the run's length (steps or epochs).
+        milestones: when the learning rate falls to a tenth, in the same unit, instead of a cosine (SimMIM).
         weight_decay: AdamW's.
         decay: `matrices`: no decay of biases and other 1-D parameters (MAE); `all` (MultiMAE).
         betas: AdamW's.
@@ -144,6 +145,7 @@ class TrainSpec(Strict):
     lr_per: PositiveInt | None = None
     min_lr: NonNegativeFloat = 0.0
     warmup: NonNegativeFloat = 0.0
+    milestones: tuple[PositiveFloat, ...] = ()
     weight_decay: NonNegativeFloat = 0.05
     decay: Literal["matrices", "all"] = "matrices"
     betas: tuple[Decay, Decay] = (0.9, 0.95)

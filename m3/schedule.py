@@ -24,6 +24,7 @@ class Plan(NamedTuple):
         accumulation: forward passes per step.
         lr: highest learning rate.
         min_lr: where the cosine ends.
+        milestones: steps from which the learning rate is a tenth of what it was, instead of a cosine.
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Plan(NamedTuple):
     accumulation: int
     lr: float
     min_lr: float
+    milestones: tuple[int, ...] = ()
 
 
 def plan_run(spec: TrainSpec, samples: int | None, world: int) -> Plan:
@@ -57,13 +59,17 @@ def plan_run(spec: TrainSpec, samples: int | None, world: int) -> Plan:
         )
     scale = spec.batch_size / spec.lr_per if spec.lr_per else 1.0
     accumulation = spec.batch_size // (micro * world)
-    return Plan(steps, round(spec.warmup * unit), micro, accumulation, spec.lr * scale, spec.min_lr * scale)
+    milestones = tuple(round(milestone * unit) for milestone in spec.milestones)
+    warmup = round(spec.warmup * unit)
+    return Plan(steps, warmup, micro, accumulation, spec.lr * scale, spec.min_lr * scale, milestones)
 
 
 def learning_rate(step: int, plan: Plan) -> float:
-    """Return the learning rate of a step: linear from 0 over the warm-up, then half a cosine to `min_lr`."""
+    """Return the learning rate of a step: linear from 0 over the warm-up, then half a cosine to `min_lr`, or steps."""
     if step < plan.warmup:
         return plan.lr * step / plan.warmup
+    if plan.milestones:
+        return plan.lr * 0.1 ** sum(step >= milestone for milestone in plan.milestones)
     progress = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
     return plan.min_lr + (plan.lr - plan.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 

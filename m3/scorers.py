@@ -6,7 +6,7 @@ A new masking strategy is a new scorer: a class with a `Spec` and `__call__`. Le
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from m3.plugins import Strict
@@ -26,6 +26,35 @@ class Uniform:
     def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
         """Return modality -> (B, N) float scores."""
         return {name: draws.uniform(f"score/{name}", part.count) for name, part in tokens.items()}
+
+
+class Cells:
+    """Noise shared by the tokens of a cell, which are so seen or hidden together, where the budget is whole cells.
+
+    SimMIM's mask units (Xie et al. 2021, section 3.2), larger than a patch.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: cells`.
+
+        Attributes:
+            unit: edge of a cell in tokens, along every axis of the positions.
+        """
+
+        unit: PositiveInt = 2
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores: those of the first token of each token's cell."""
+        scores = {}
+        for name, part in tokens.items():
+            cell = ((part.positions + 0.5) / self.spec.unit).floor()  # (1 or B, N, A)
+            is_same = (cell.unsqueeze(2) == cell.unsqueeze(1)).all(-1)
+            first = is_same.to(torch.uint8).argmax(-1)
+            scores[name] = draws.uniform(f"score/{name}", part.count).gather(1, first.expand(len(draws.keys), -1))
+        return scores
 
 
 class Span:
