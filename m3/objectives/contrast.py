@@ -95,6 +95,11 @@ class Contrast(Coupled):
         self.bias = nn.Parameter(torch.zeros(())) if spec.loss == "sigmoid" else None
 
     @property
+    def predicts(self) -> str:
+        """What it learns to say."""
+        return f"which {' and '.join(self.spec.sides)} belong together"
+
+    @property
     def scale(self) -> Tensor:
         """() factor on the similarities, 1 / temperature."""
         return (self.sharpening - math.log(self.spec.temperature)).exp()

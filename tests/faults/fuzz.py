@@ -36,7 +36,10 @@ MODALITIES = {
     "points": {"type": "points", "count": 32},
     "metadata": {
         "type": "metadata",
-        "fields": [{"name": "age", "low": 0, "high": 9, "bins": 10}, {"name": "kind", "kind": "choice", "choices": ["cat", "dog"]}],
+        "fields": [
+            {"name": "age", "low": 0, "high": 9, "bins": 10},
+            {"name": "kind", "kind": "choice", "choices": ["cat", "dog"]},
+        ],
     },
     "vector": {"type": "vector", "size": 40},
 }
