@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's")
     command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
     command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
+    command = add("table", _table, "print finished runs side by side, in Markdown", recipe=False)
+    command.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     data_commands.add_arguments(commands)
     command = add("tokenize", _tokenize, "turn a data source into shards of code numbers", recipe=False)
     command.add_argument("tokenizer", help="model folder of a run with an `autoencode` objective")
@@ -124,6 +126,12 @@ def _share(text: str) -> float:
         return float(text)
     except ValueError as error:
         raise M3Error(f"--visible must be a share such as 0.25, got `{text}`.") from error
+
+
+def _table(options: argparse.Namespace) -> None:
+    from m3.table import print_table
+
+    print_table(options.runs)
 
 
 def _tokenize(options: argparse.Namespace) -> None:

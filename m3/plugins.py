@@ -290,6 +290,11 @@ class Objective(nn.Module, ABC):
     part_names: tuple[str, ...]
     """Names of the parts of the loss, in the order in which `forward` returns them."""
 
+    @property
+    def predicts(self) -> str:
+        """What it learns to say, in a few words, for tables."""
+        return ", ".join(self.part_names)
+
     @abstractmethod
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
         """Compute the loss. Every parameter of the objective takes part in the graph, also where nothing counts."""

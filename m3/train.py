@@ -158,8 +158,9 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             if step == start:
                 clock.restart(done)
             if done % spec.log_every == 0 or done == plan.steps:
-                values = (add_over_processes(accelerator, sums) / counts.clamp(min=1)).tolist()
-                values = dict(zip(names, values, strict=True))
+                total = add_over_processes(accelerator, sums) / counts.clamp(min=1)
+                known = zip(names, total.tolist(), counts.tolist(), strict=True)
+                values = {name: value for name, value, count in known if count}
                 if not are_finite(values):
                     raise not_finite(done, f"the losses {values}", checkpoint.newest(run))
                 line = clock.line(done, values, learning_rate(step, plan), float(norm), len(skipped.messages))

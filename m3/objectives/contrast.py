@@ -95,6 +95,11 @@ class Contrast(Coupled):
         self.bias = nn.Parameter(torch.zeros(())) if spec.loss == "sigmoid" else None
 
     @property
+    def predicts(self) -> str:
+        """What it learns to say."""
+        return f"which {' and '.join(self.spec.sides)} belong together"
+
+    @property
     def scale(self) -> Tensor:
         """() factor on the similarities, 1 / temperature."""
         return (self.sharpening - math.log(self.spec.temperature)).exp()
@@ -132,7 +137,8 @@ class Contrast(Coupled):
             is_alone = not self.training  # a process may evaluate by itself
             count = len(next(iter(own.values())))
             pool = Pool(own, 0) if is_alone else Pool(gather(own), rank() * count)
-        with torch.autocast(next(iter(own.values())).device.type, enabled=False):
+        device = next(iter(own.values())).device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # `m3 show` has no device
             return Loss({f"{a}-{b}": self._part(a, b, own, pool) for a, b in self.pairs})
 
     def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:

@@ -55,6 +55,7 @@ ORDER = (
     {"train", "held_out", "reconstruct", "tokenize_data"},
     {
         "summary",
+        "table",
         "check",
         "doctor",
         "bench",

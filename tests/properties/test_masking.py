@@ -4,123 +4,26 @@ Chi-square tests fail at p = 1e-4; the draws are fixed by their keys, so nothing
 depends on chance between two runs.
 """
 
-import itertools
-import json
-
 import pytest
 import torch
 from scipy.stats import chi2, chisquare
 
 from m3 import masking
 from m3.errors import M3Error
-from m3.plugins import View
 from m3.random import Draws
-from m3.types import MaskPlan, Tokens, take
-
-SIZES = {"image": 16, "depth": 9, "semantic": 25}
-
-SELECTIONS = {
-    "share": {"type": "fixed", "visible": 0.25},
-    "number": {"type": "fixed", "visible": 5},
-    "each": {"type": "fixed", "visible": {"image": 3, "depth": 0.5, "semantic": 1.0}},
-    "symmetric": {"type": "dirichlet", "visible": 12},
-    "symmetric share": {"type": "dirichlet", "visible": 0.5, "alpha": 0.3},
-    "alphas": {"type": "dirichlet", "visible": 12, "alpha": {"image": 0.2, "depth": 3.0, "semantic": 1.0}},
-    "subsets": {"type": "dirichlet", "visible": 12, "alpha": 1.0, "subsets": True},
-}
-
-
-def build(settings: dict, names=tuple(SIZES)) -> masking.Selection:
-    return masking.build(View(tuple(names), json.dumps(settings)))
-
-
-def make_tokens(batch: int, sizes: dict[str, int], is_valid: dict[str, torch.Tensor] | None = None):
-    """Tokens whose values tell sample and place apart."""
-    tokens = {}
-    for name, count in sizes.items():
-        values = torch.arange(batch * count * 2, dtype=torch.float32).reshape(batch, count, 2)
-        positions = torch.arange(count * 2, dtype=torch.float32).reshape(1, count, 2)
-        tokens[name] = Tokens(values, positions, (is_valid or {}).get(name))
-    return tokens
-
-
-def select(settings: dict, tokens: dict[str, Tokens], keys: torch.Tensor, seed: int = 0) -> MaskPlan:
-    return build(settings, tokens)(tokens, Draws(keys, seed))
-
-
-def visible_sets(plan: MaskPlan) -> list[set[tuple[str, int]]]:
-    """Slow: what the encoder of each sample sees, read token by token; fails if it sees one twice."""
-    names = list(plan.visible)
-    index, modality = plan.packed_index().tolist(), plan.packed_modality().tolist()
-    result = []
-    for sample in range(len(index)):
-        seen = [
-            (names[m], i)
-            for v, (i, m) in enumerate(zip(index[sample], modality[sample], strict=True))
-            if plan.is_valid is None or plan.is_valid[sample, v]
-        ]
-        assert len(seen) == len(set(seen))
-        result.append(set(seen))
-    return result
-
-
-def target_sets(plan: MaskPlan) -> list[set[tuple[str, int]]]:
-    """Slow: what a loss asks for in each sample; fails if it asks twice."""
-    result = [set() for _ in range(len(next(iter(plan.target.values()))))]
-    for name, index in plan.target.items():
-        for sample, row in enumerate(index.tolist()):
-            is_target = plan.is_target[name][sample].tolist() if name in plan.is_target else [True] * len(row)
-            wanted = [(name, i) for i, counts in zip(row, is_target, strict=True) if counts]
-            assert len(wanted) == len(set(wanted))
-            result[sample] |= set(wanted)
-    return result
-
-
-def valid_sets(tokens: dict[str, Tokens]) -> list[set[tuple[str, int]]]:
-    batch = len(next(iter(tokens.values())).values)
-    return [
-        {
-            (name, i)
-            for name, part in tokens.items()
-            for i in range(part.count)
-            if part.is_valid is None or part.is_valid[sample, i]
-        }
-        for sample in range(batch)
-    ]
-
-
-def budget(settings: dict, tokens: dict[str, Tokens], valid: set[tuple[str, int]]) -> int | dict[str, int]:
-    """What the settings promise for a sample whose valid tokens are given."""
-    there = {name: sum(n == name for n, _ in valid) for name in tokens}
-
-    def share(visible, count, of):
-        if isinstance(visible, int):
-            return min(visible, count)
-        return min(count, max(1, int(of * visible + 1e-9)))
-
-    if settings["type"] == "dirichlet":
-        return share(settings["visible"], len(valid), sum(part.count for part in tokens.values()))
-    each = settings["visible"] if isinstance(settings["visible"], dict) else dict.fromkeys(tokens, settings["visible"])
-    return {name: share(each[name], there[name], there[name]) for name in tokens}
-
-
-def presence(kind: str, repeats: int = 4) -> tuple[int, dict[str, torch.Tensor]]:
-    """Validity of all combinations of present and missing modalities, `repeats` samples each."""
-    if kind == "all present":
-        return 8 * repeats, {}
-    combinations = torch.tensor(list(itertools.product([True, False], repeat=3))).repeat(repeats, 1)
-    batch = len(combinations)
-    is_valid = {
-        name: combinations[:, i : i + 1].expand(batch, size).clone() for i, (name, size) in enumerate(SIZES.items())
-    }
-    if kind == "padded":
-        is_valid["semantic"] &= Draws(torch.arange(batch), 5).uniform("padding", 25) < 0.5
-    if kind == "one never missing":
-        del is_valid["depth"]
-    return batch, is_valid
-
-
-# -- budgets -------------------------------------------------------------------------------------------------
+from m3.types import take
+from tests.properties.masks import (
+    SELECTIONS,
+    SIZES,
+    budget,
+    build,
+    make_tokens,
+    presence,
+    select,
+    target_sets,
+    valid_sets,
+    visible_sets,
+)
 
 
 @pytest.mark.parametrize("kind", ["all present", "some missing", "padded", "one never missing"])
@@ -237,94 +140,6 @@ def test_cutting_a_batch_changes_no_row(name, kind):
 
 
 # -- Dirichlet -----------------------------------------------------------------------------------------------
-
-
-def share_of_visible(plan: MaskPlan) -> torch.Tensor:
-    modality = plan.packed_modality()
-    return torch.stack([(modality == i).double().mean(1) for i in range(len(plan.visible))], dim=1)
-
-
-@pytest.mark.parametrize("alpha", [(1.0, 1.0, 1.0), (0.2, 0.2, 0.2), (0.5, 2.0, 5.0), (10.0, 1.0, 0.2)])
-def test_dirichlet_shares_have_the_right_mean(alpha):
-    batch, sizes = 4000, dict.fromkeys(SIZES, 64)
-    settings = {"type": "dirichlet", "visible": 64, "alpha": dict(zip(sizes, alpha, strict=True))}
-    shares = share_of_visible(select(settings, make_tokens(batch, sizes), torch.arange(batch)))
-    expected = torch.tensor(alpha, dtype=torch.float64) / sum(alpha)
-    error = shares.std(0) / batch**0.5
-    assert ((shares.mean(0) - expected).abs() < 4 * error + 0.25 / 64).all()
-
-
-@pytest.mark.parametrize("alpha", [0.2, 1.0, 10.0])
-def test_dirichlet_shares_have_the_right_variance(alpha):
-    n = 20000
-    alphas = torch.tensor([alpha, alpha, 2 * alpha])
-    shares = masking.log_gamma_variates(alphas, Draws(torch.arange(n))).double().softmax(1)
-    total = alphas.double().sum()
-    expected = alphas * (total - alphas) / (total**2 * (total + 1))
-    deviations = (shares - shares.mean(0)) ** 2
-    error = deviations.std(0) / n**0.5
-    assert ((deviations.mean(0) - expected).abs() < 4 * error).all()
-    assert ((shares.mean(0) - alphas / total).abs() < 4 * shares.std(0) / n**0.5).all()
-
-
-@pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 3.0, 10.0, 200.0])
-def test_log_gamma_variates_follow_the_gamma_distribution(alpha):
-    n, bins = 20000, 64
-    logs = masking.log_gamma_variates(torch.tensor([alpha, 1.0]), Draws(torch.arange(n)))[:, 0].double()
-    shape = torch.tensor(alpha, dtype=torch.float64)
-    assert logs.isfinite().all()
-    assert (logs.mean() - torch.digamma(shape)).abs() < 4 * logs.std() / n**0.5
-    quantiles = torch.special.gammainc(shape, logs.exp())
-    counts = torch.bincount((quantiles * bins).long().clamp(max=bins - 1), minlength=bins).double()
-    assert chisquare(counts).pvalue > 1e-4
-
-
-def test_log_gamma_variates_of_two_modalities_are_independent():
-    logs = masking.log_gamma_variates(torch.tensor([0.7, 0.7]), Draws(torch.arange(20000)))
-    assert torch.corrcoef(logs.T)[0, 1].abs() < 4 / 20000**0.5
-
-
-def test_quotas_beyond_a_modality_go_to_the_others():
-    batch, sizes = 50, {"image": 60, "depth": 4}
-    settings = {"type": "dirichlet", "visible": 32, "alpha": {"image": 0.5, "depth": 500.0}}
-    plan = select(settings, make_tokens(batch, sizes), torch.arange(batch))
-    for seen in visible_sets(plan):
-        assert {i for name, i in seen if name == "depth"} == {0, 1, 2, 3}
-        assert len(seen) == 32
-
-
-def test_budget_beyond_all_tokens_shows_everything():
-    tokens = make_tokens(2, SIZES)
-    for settings in ({"type": "dirichlet", "visible": 999}, {"type": "fixed", "visible": 999}):
-        assert visible_sets(select(settings, tokens, torch.arange(2))) == valid_sets(tokens)
-
-
-def test_missing_modalities_get_no_share_and_the_budget_stays():
-    batch, is_valid = presence("some missing", repeats=40)
-    sizes = SIZES
-    plan = select(
-        {"type": "dirichlet", "visible": 9, "alpha": 0.5}, make_tokens(batch, sizes, is_valid), torch.arange(batch)
-    )
-    for sample, seen in enumerate(visible_sets(plan)):
-        there = {name for name in sizes if is_valid[name][sample].all()}
-        assert {name for name, _ in seen} <= there
-        assert len(seen) == (9 if there else 0)
-
-
-@pytest.mark.parametrize("missing", [None, "depth"])
-def test_subsets_occur_equally_often(missing):
-    batch, sizes = 7000, {"image": 40, "depth": 40, "semantic": 40}
-    is_valid = {missing: torch.zeros(batch, 40, dtype=torch.bool)} if missing else {}
-    # A large alpha: every modality of the subset gets some of the 36 tokens.
-    settings = {"type": "dirichlet", "visible": 36, "alpha": 1000.0, "subsets": True}
-    plan = select(settings, make_tokens(batch, sizes, is_valid), torch.arange(batch))
-    names = [frozenset(name for name, _ in seen) for seen in visible_sets(plan)]
-    present = [name for name in sizes if name != missing]
-    subsets = [frozenset(c) for k in range(1, len(present) + 1) for c in itertools.combinations(present, k)]
-    counts = torch.tensor([names.count(subset) for subset in subsets]).double()
-    assert len(subsets) == (3 if missing else 7)
-    assert counts.sum() == batch
-    assert chisquare(counts).pvalue > 1e-4
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,8 @@ def test_objectives_keep_their_contract(kind: str) -> None:
     if kind == "reconstruct":
         decoder = {"type": "cross_decoder", "width": 48, "depth": 1, "heads": 2}
         settings |= {"decoder": decoder, "targets": {"image": {}, "depth": {"loss": "l1"}}, "balance": "uncertainty"}
+    elif kind == "contrast":
+        settings |= {"width": 8, "sides": {"image": {}, "depth": {}}}
     elif kind == "autoencode":
         settings |= {"of": "image"}
         names = ("image",)

@@ -1,68 +1,18 @@
 """Folders and manifests, mixtures, Hugging Face data sets: what they read, and what they say when they can't."""
 
 import json
-import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image as PILImage
 
 from m3.data.loader import Order, Samples, train_loader
-from m3.data.source import Source, coverage, describe_coverage, open_source
+from m3.data.source import coverage, describe_coverage
 from m3.data.sources.mixture import Mixture, interleave, shares, spread
 from m3.errors import M3Error
-from m3.modalities.image import Image
-from m3.plugins import Modality
 from m3.recipe import DataSpec
-
-
-class Depth(Image):
-    """Stands for any second map."""
-
-    extensions = (".png", ".npy")
-
-    def load(self, path: Any) -> np.ndarray:
-        return np.array(PILImage.open(path))
-
-
-class Text(Image):
-    """Stands for any modality that a manifest may hold itself."""
-
-    extensions = (".txt",)
-    is_inline = True
-
-    def load(self, path: Any) -> str:
-        return path.read_text() if isinstance(path, Path) else path.read().decode()
-
-
-def modalities(*names: str) -> dict[str, Modality]:
-    known = {"image": Image, "depth": Depth, "text": Text}
-    return {name: known[name](Image.Spec(size=4)) for name in names}
-
-
-def picture(path: Path, value: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PILImage.fromarray(np.full((4, 4, 3), value, np.uint8)).save(path)
-
-
-def open_data(spec: DataSpec, *names: str, split: Any = "train") -> Source:
-    return open_source(spec, modalities(*names), 0, split)
-
-
-def manifest(folder: Path, text: str, name: str = "pairs.csv", count: int = 4) -> DataSpec:
-    for i in range(count):
-        picture(folder / f"images/{i}.png", 10 * i)
-    (folder / name).write_text(text)
-    return DataSpec(source="folder", root=str(folder / name), held_out=0)
-
-
-def colour(source: Source, index: int) -> int:
-    return int(np.asarray(source.read(index).signals["image"])[0, 0, 0])
-
+from tests.unit.source_files import colour, manifest, modalities, open_data, picture
 
 # ------------------------------------------------------------------------------------------ manifests
 
@@ -341,91 +291,3 @@ def test_a_mixture_holds_out_what_its_parts_hold_out(tmp_path: Path) -> None:
 def test_a_wrong_mixture_is_named_with_its_part(options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(M3Error, match=sentence):
         open_data(DataSpec(source="mixture", options=options), "image")
-
-
-# ------------------------------------------------------------------------------ Hugging Face data sets
-
-
-def hub(options: dict[str, Any], *names: str, **more: Any) -> Source:
-    return open_data(DataSpec(source="hub", options=options, **{"held_out": 0, **more}), *names)
-
-
-def test_without_the_library_its_name_is_given(monkeypatch: Any) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(M3Error, match=r"`hub` needs the package `datasets`; run `pip install 'm3-multimodal\[hub\]'`"):
-        hub({"path": "some/set"}, "image")
-
-
-def test_unknown_options_are_refused() -> None:
-    with pytest.raises(M3Error, match=r"data.options.pat: unknown key. Did you mean `path`\?"):
-        hub({"path": "a", "pat": "b"}, "image")
-
-
-def test_what_the_library_says_is_passed_on(monkeypatch: Any) -> None:
-    fake = ModuleType("datasets")
-
-    def load_dataset(path: str, name: str | None, split: str) -> None:
-        raise ConnectionError(f"no answer for\n{path}/{name}/{split}")
-
-    fake.load_dataset = load_dataset  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "datasets", fake)
-    with pytest.raises(M3Error, match=r"data.options.path: `set` can't be opened: no answer for set/small/test"):
-        hub({"path": "set", "name": "small", "split": "test"}, "image")
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Any:
-    """Twelve rows: pictures added from memory, texts with a gap, classes, lists of numbers."""
-    datasets = pytest.importorskip("datasets")
-    datasets.disable_progress_bars()
-    pictures = [PILImage.fromarray(np.full((4, 4, 3), 10 * i, np.uint8)) for i in range(12)]
-    columns = {
-        "photo": pictures,
-        "words": [None if i == 5 else f"text {i}" for i in range(12)],
-        "kind": [i % 2 for i in range(12)],
-        "depth": [[[i, 1], [2, 3]] for i in range(12)],
-    }
-    rows = datasets.Dataset.from_dict(columns)
-    return rows.cast_column("kind", datasets.ClassLabel(names=["even", "odd"]))
-
-
-COLUMNS = {"image": "photo", "text": "words"}
-
-
-def test_a_saved_data_set_is_read_by_number(table: Any, tmp_path: Path) -> None:
-    table.save_to_disk(tmp_path / "saved")
-    options = {"path": str(tmp_path / "saved"), "columns": COLUMNS}
-    with pytest.raises(M3Error, match=r"1 rows have no `words` for the modality `text`, the first is row 5; fill"):
-        hub(options, "image", "text")
-    source = hub(options, "image", "text", "depth", missing="allow")
-    assert len(source) == 12
-    sample = source.read(7)
-    assert (sample.id, sample.signals["text"], sample.labels) == ("00000007", "text 7", {"kind": 1})
-    assert colour(source, 7) == 70
-    assert sample.signals["depth"].tolist() == [[7, 1], [2, 3]]
-    assert "text" not in source.read(5).signals
-    assert coverage(source) == {"image": 1.0, "text": 11 / 12, "depth": 1.0}
-    stored = source.stored(7)
-    assert stored.files["image"].data.startswith(b"\x89PNG")
-    assert stored.files["text"] == (".txt", b"text 7")
-
-
-def test_parquet_and_folders_of_pictures_are_read(table: Any, tmp_path: Path) -> None:
-    table.to_parquet(tmp_path / "rows.parquet")
-    source = hub({"path": str(tmp_path / "rows.parquet"), "columns": COLUMNS}, "image")
-    assert [colour(source, i) for i in (0, 11)] == [0, 110]
-    for kind, value in (("cat", 40), ("dog", 90)):
-        picture(tmp_path / f"pets/{kind}/{value}.png", value)
-    source = hub({"path": str(tmp_path / "pets")}, "image")
-    assert [(colour(source, i), source.read(i).labels) for i in range(2)] == [(40, {"label": 0}), (90, {"label": 1})]
-    assert source.stored(1).files["image"].data == (tmp_path / "pets/dog/90.png").read_bytes()
-
-
-def test_a_wrong_split_or_column_is_named(table: Any, tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "both")
-    options = {"path": str(tmp_path / "both")}
-    with pytest.raises(M3Error, match=r"data.options.split: .*both has no `tes`. Did you mean `test`\?"):
-        hub({**options, "split": "tes"}, "image")
-    with pytest.raises(M3Error, match=r"both has no column `phot` for the modality `image`. Did you mean `photo`\?"):
-        hub({**options, "columns": {"image": "phot"}}, "image")
