@@ -11,6 +11,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from m3.checkpoint import newest
+from m3.config import M3Config
 from m3.errors import M3Error
 from m3.model import M3Model
 from m3.parts import find
@@ -30,7 +31,7 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
     """Return the recipe with the same parts but a small network, a small batch, `steps` steps and few samples.
 
     Token counts, masks, targets and losses stay those of the recipe, and so does its source; scenes of the world
-    stand in for a folder that it leaves open.
+    stand in for a folder that it leaves open, and an untrained tokenizer for one that is not there.
     """
     settings = recipe.model_dump(mode="json", exclude_none=True)
     settings["out"] = str(out)
@@ -41,6 +42,10 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
         for part in [objective, *objective.get("targets", {}).values()]:
             if "decoder" in part:
                 part["decoder"] = _small_decoder(part["decoder"])
+        for name, part in objective.get("targets", {}).items():
+            codes = part.get("target", {})
+            if codes.get("type") == "codes" and not (Path(codes["tokenizer"]) / "config.json").is_file():
+                codes["tokenizer"] = _stand_in(settings["modalities"], part.get("of") or name, out / "tokenizer")
     if recipe.data.root is None and recipe.data.source in NEED_ROOT:
         settings["data"] = {"source": "world"}
     settings["data"] |= {"samples": 4 * SAMPLES, "held_out": SAMPLES, "workers": 0}
@@ -73,6 +78,17 @@ def check(recipe: Recipe) -> None:
         f"[green]{recipe.name} is fine[/]: built tiny, {STEPS} steps on {data}, saved, loaded, predicted.",
         soft_wrap=True,
     )
+
+
+def _stand_in(modalities: dict[str, Any], name: str, folder: Path) -> str:
+    """Write an untrained tokenizer of a modality of a recipe, with a code for each of its tokens."""
+    quantiser = {"type": "fsq", "levels": [4, 4]}
+    objective = {"type": "autoencode", "of": name, "coder": {"type": "vit", "depth": 1}, "quantiser": quantiser}
+    backbone = {"width": 32, "depth": 1, "heads": 2}
+    config = M3Config(modalities={name: modalities[name]}, backbone=backbone, objectives={"autoencode": objective})
+    with no_progress_bars():
+        M3Model(config).save_pretrained(folder)
+    return str(folder)
 
 
 def _small_decoder(decoder: dict[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ class M3Model(Network):
         return Reconstruction(predicted, outputs, guesses, tokens, predictor.modality_of, plan, is_visible)
 
     def _predictor(self, name: str | None) -> Predictor:
-        found = {n: o for n, o in self.objectives.items() if isinstance(o, Predictor)}
+        found = {n: o for n, o in self.objectives.items() if isinstance(o, Predictor) and o.modality_of}
         if not found:
             raise M3Error("the model has no objective that predicts signals; reconstruct needs `type: reconstruct`.")
         if name is not None and name not in found:

@@ -111,7 +111,7 @@ class Network(PreTrainedModel):
             tokenizer = self.tokenizers[name] = part(settings, modality.signal, tower.width)
             config.modalities[name]["tokenizer"] |= tokenizer.pinned
             tokenizer.positions = config.modalities[name].get("positions", tokenizer.positions)
-            tokenizer.tower = tower
+            tokenizer.tower, tokenizer.modality = tower, modality
         objectives = {}
         for name, entry in config.objectives.items():
             part, settings = build_spec("objectives", entry, f"objectives.{name}")

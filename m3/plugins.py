@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from m3.errors import M3Error
 from m3.types import Encoded, Loss, MaskPlan, Tokens
 
 File = Path | BinaryIO
@@ -170,6 +171,14 @@ class Modality(ABC):
     def normalise(self, raw: Tensor) -> Tensor:
         """Turn a raw batch (B, ...) into what the tokenizer reads, on the tensor's own device."""
 
+    def pixels(self, signal: Tensor) -> Tensor:
+        """Undo `normalise` for networks that look at pictures: (B, C, H, W) -> (B, 3, H, W) in [0, 1].
+
+        Raises:
+            M3Error: it is no picture.
+        """
+        raise M3Error(f"`{type(self).__name__}` holds no pictures that a teacher could look at; use `image`.")
+
     def groups(self, signal: Tensor) -> Tensor | None:
         """Return which positions only make sense together (the pieces of a word), for masks that hide them whole.
 
@@ -240,6 +249,8 @@ class Tokenizer(nn.Module, ABC):
         """The `positions` of the modality's recipe entry; set by the model before anything is built on them."""
         self.tower: Any = None
         """The `BackboneSpec` of the transformer that reads the modality; set by the model like `positions`."""
+        self.modality: Any = None
+        """The `Modality` whose signals it cuts; set by the model like `positions`."""
         self.pinned: dict[str, Any] = {}
         """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
 
@@ -353,7 +364,7 @@ class Predictor(Objective):
     """What its encoder sees; None: it reads the tokens itself, all of them."""
 
     modality_of: dict[str, str]
-    """Target -> the modality it is a prediction of."""
+    """Target -> the modality it is a prediction of; targets that are no signals (a teacher's features) are left out."""
 
     is_relative: dict[str, bool]
     """Target -> True when its values say nothing about a token's mean and contrast (normalised patches)."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from m3.evaluate.task import Row
 from m3.evaluate.tasks.predict import predictors, targets_of
 from m3.model import M3Model, Reconstruction
-from m3.plugins import Predictor
 from m3.types import Batch
 
 BASELINES = {
@@ -35,7 +34,7 @@ def preview(model: M3Model, batch: Batch, views: dict[str, dict[str, float] | No
         path: PNG file.
         seed: of the masks.
     """
-    able = [name for name, objective in model.objectives.items() if isinstance(objective, Predictor)]
+    able = [name for name, objective in model.objectives.items() if objective in predictors(model)]
     labels = {(label if len(able) == 1 else f"{label}, {name}"): (label, name) for name in able for label in views}
     results = {
         title: model.reconstruct(batch, views[label], seed, objective) for title, (label, objective) in labels.items()

@@ -1,18 +1,48 @@
 """Target providers: what the loss compares a prediction with. They always read the clean batch.
 
-Letters: B batch, T targets, P values per token, K classes.
+A provider of another package may leave out what is said in `Target`; then its target is like the modality's own values.
+
+Letters: B batch, N tokens, T targets, P values per token, K classes, C channels of a teacher.
 """
 
 from __future__ import annotations
 
+from math import prod
+from typing import TYPE_CHECKING, Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from m3.errors import M3Error
 from m3.plugins import Strict, Tokenizer
+from m3.teachers import TeacherSpec
 from m3.types import Tokens, take
 
+if TYPE_CHECKING:
+    from m3.tokenizer_model import M3Tokenizer
 
-class Values:
+
+class Target:
+    """What all providers say of themselves.
+
+    Attributes:
+        width: numbers per token that a decoder predicts.
+        count: P, values per token that `__call__` returns.
+        classes: K of class ids; 0 for values.
+        has_gaps: some of its values may be unknown (NaN or -1).
+        is_relative: its values say nothing of a token's mean and contrast.
+        is_signal: `restore` turns predictions into what the modality's tokens hold, so that they can be drawn.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.width, self.count = tokenizer.output_width, tokenizer.value_width
+        self.classes, self.has_gaps = tokenizer.signal.classes, tokenizer.signal.has_gaps
+        self.is_relative, self.is_signal = False, True
+
+
+class Values(Target):
     """The token's own values: normalised pixels, depths, class ids; optionally normalised within each patch.
 
     `normalise: patch` is MAE's target (He et al. 2021, section 4.2): (t - mean) / sqrt(variance + 1e-6) over
@@ -31,8 +61,8 @@ class Values:
     eps = 1e-6
 
     def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
         self.spec = spec
-        self.width = tokenizer.output_width
         self.is_relative = spec.normalise
 
     def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
@@ -57,3 +87,78 @@ class Values:
         values = values.float()
         variance, mean = torch.var_mean(values, dim=-1, keepdim=True)
         return mean, (variance + self.eps).sqrt()
+
+
+class Teacher(Target):
+    """Features of a frozen network, of the clean picture: one vector per token with mean 0 and deviation 1.
+
+    MaskDistill (Peng et al. 2022) with CLIP; the layer norm without weights is its "whitening".
+    """
+
+    class Spec(TeacherSpec):
+        """Settings of `type: teacher`; see `TeacherSpec`."""
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
+        super().__init__(tokenizer)
+        self.spec = spec
+        self.width = self.count = spec.channels(tokenizer)
+        self.classes, self.has_gaps, self.is_signal = 0, False, False
+
+    def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
+        """Return the features (B, T, C) of the tokens at index (B, T)."""
+        features = self.spec.open(self.tokenizer)(self.spec.pictures(self.tokenizer, tokens))
+        return take(F.layer_norm(features.flatten(2).transpose(1, 2), (self.width,)), index)
+
+    def restore(self, predicted: Tensor, tokens: Tokens) -> Tensor:
+        """Return the predictions; features can't be drawn."""
+        return predicted
+
+
+class Codes(Target):
+    """Code numbers that a trained, frozen tokenizer gives the clean signal, one per token (BEiT, Bao et al. 2021)."""
+
+    class Spec(Strict):
+        """Settings of `type: codes`.
+
+        Attributes:
+            tokenizer: model folder of the tokenizer's run. The modality must have the tokenizer's own settings.
+        """
+
+        tokenizer: str
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
+        from m3.tokenizer_model import describe
+
+        super().__init__(tokenizer)
+        self.spec = spec
+        described = describe(spec.tokenizer)
+        if described.modality.signal != tokenizer.signal or prod(described.grid) != prod(tokenizer.reference):
+            raise M3Error(
+                f"the tokenizer in `{spec.tokenizer}` makes {prod(described.grid)} codes of "
+                f"{described.modality.signal}, but the model {prod(tokenizer.reference)} tokens of {tokenizer.signal}; "
+                f"give both the same modality and patches of one size."
+            )
+        self.width = self.classes = described.codes
+        self.count, self.has_gaps = 1, False
+        self._frozen: M3Tokenizer | None = None
+
+    def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
+        """Return the code numbers (B, T, 1) int64 of the tokens at index (B, T)."""
+        if tokens.values.is_meta:
+            return torch.zeros((*index.shape, 1), dtype=torch.long, device="meta")
+        size = self.tokenizer.signal.size
+        codes = self._on(index.device).encode(self.tokenizer.detokenize(tokens.values, tokens.positions, size))
+        return take(codes.unsqueeze(-1), index)
+
+    def restore(self, predicted: Tensor, tokens: Tokens) -> Tensor:
+        """Decode the most likely codes of scores (B, N, K) to the values of tokens (B, N, P)."""
+        signal = self._on(predicted.device).decode(predicted.argmax(-1), self.tokenizer.signal.size)
+        return self.tokenizer.tokenize(signal).values
+
+    def _on(self, device: torch.device) -> Any:
+        """Load the tokenizer when it is first used, and take it to where the signals are."""
+        if self._frozen is None:
+            from m3.tokenizer_model import M3Tokenizer
+
+            self._frozen = M3Tokenizer.from_pretrained(self.spec.tokenizer)
+        return self._frozen if self._frozen.model.device == device else self._frozen.to(device)

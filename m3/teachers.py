@@ -1,21 +1,26 @@
 """Frozen teachers: networks of timm and open_clip whose features are something to see or to predict.
 
 They live outside the model: no parameter of theirs is trained or saved. Letters: B batch, C channels, H height,
-W width, h, w the teacher's grid.
+W width, h, w the teacher's grid, N = h w its tokens.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
+from pydantic import PositiveInt
 from torch import Tensor, nn
 
 from m3.errors import M3Error, nearest
+from m3.plugins import Strict, Tokenizer
+from m3.types import Tokens
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -38,12 +43,8 @@ class Teacher(NamedTuple):
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the last layer's features (B, C, h, w) float32 of uint8 or float pixels (B, 3, H, W), 0 to 255."""
-        # The network is shared by the whole process: working shapes out must not take its weights away.
-        network: Any = deepcopy(self.network).to("meta") if pixels.is_meta else self.network.to(pixels.device)
-        shape = (1, 3, 1, 1)
-        mean, std = (torch.tensor(v, device=pixels.device).view(shape) for v in (self.mean, self.std))
-        x = (pixels.float() / 255 - mean) / std
-        with nullcontext() if pixels.is_meta else torch.autocast(pixels.device.type, enabled=False):
+        network, x = self._ready(pixels)
+        with _exactly(pixels):
             if self.is_clip:
                 return network.forward_intermediates(
                     x, indices=1, normalize_intermediates=True, intermediates_only=True
@@ -51,6 +52,115 @@ class Teacher(NamedTuple):
             return network.forward_intermediates(x, indices=1, norm=True, intermediates_only=True, output_fmt="NCHW")[
                 -1
             ]
+
+    @torch.no_grad()
+    def layers(self, pixels: Tensor, count: int) -> Tensor:
+        """Return the states after the last `count` blocks, not normed: (count, B, 1 + N, C), the class token first."""
+        network, x = self._ready(pixels)
+        with _exactly(pixels):
+            if self.is_clip:
+                found = network.forward_intermediates(
+                    x, indices=count, intermediates_only=True, output_fmt="NLC", output_extra_tokens=True
+                )
+                pairs = list(zip(found["image_intermediates"], found["image_intermediates_prefix"], strict=True))
+            else:
+                pairs = network.forward_intermediates(
+                    x, indices=count, intermediates_only=True, output_fmt="NLC", return_prefix_tokens=True
+                )
+        return torch.stack([torch.cat([prefix[:, :1], states], dim=1) for states, prefix in pairs])
+
+    @torch.no_grad()
+    def attention(self, pixels: Tensor) -> Tensor:
+        """Return how much the class token attends to each token in the last block, mean over heads: (B, N), sum <= 1."""
+        network, _ = self._ready(pixels)
+        layer: Any = (network.transformer.resblocks if self.is_clip else network.blocks)[-1].attn
+        kept: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+        try:
+            self(pixels)
+        finally:
+            handle.remove()
+        with _exactly(pixels):
+            (x,) = kept
+            qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias) if self.is_clip else layer.qkv(x)
+            q, k, _ = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+            if not self.is_clip:
+                q, k = layer.q_norm(q), layer.k_norm(k)
+            scores = q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        return scores.softmax(-1).mean(1)[:, 0, 1 if self.is_clip else network.num_prefix_tokens :]
+
+    def _ready(self, pixels: Tensor) -> tuple[Any, Tensor]:
+        """Return the network where the pixels are, and these as it wants them."""
+        # The network is shared by the whole process: working shapes out must not take its weights away.
+        network: Any = deepcopy(self.network).to("meta") if pixels.is_meta else self.network.to(pixels.device)
+        shape = (1, 3, 1, 1)
+        mean, std = (torch.tensor(v, device=pixels.device).view(shape) for v in (self.mean, self.std))
+        return network, (pixels.float() / 255 - mean) / std
+
+
+def _exactly(x: Tensor) -> AbstractContextManager[None]:
+    """Compute in float32, whatever the model does."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # type: ignore[return-value]
+
+
+class TeacherSpec(Strict):
+    """What a part that looks at pictures through a teacher must know.
+
+    Attributes:
+        model: `timm:MODEL` or `open_clip:MODEL`.
+        weights: file of the teacher's state; null: random weights.
+        size: height and width of the picture that it sees; null: as it is. It must give as many tokens as the model.
+    """
+
+    model: str
+    weights: str | None = None
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+
+    def size_of(self, tokenizer: Tokenizer) -> tuple[int, int]:
+        """Return height and width of the picture that the teacher sees."""
+        if self.size is None:
+            height, width = tokenizer.signal.size
+            return height, width
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    def open(self, tokenizer: Tokenizer) -> Teacher:
+        """Return the teacher; built when it is first needed."""
+        return open_teacher(self.model, self.weights, self.size_of(tokenizer))
+
+    def channels(self, tokenizer: Tokenizer) -> int:
+        """Return C without reading the weights, which a model that is only used does not need.
+
+        Raises:
+            M3Error: the modality is no picture, or the teacher's tokens are not those of the model.
+        """
+        if len(tokenizer.signal.size) != 2:
+            raise M3Error("a teacher looks at pictures; this modality is none.")
+        size = self.size_of(tokenizer)
+        count, channels = _shape(self.model, size)
+        wanted = prod(tokenizer.reference)
+        if count != wanted:
+            raise M3Error(
+                f"the teacher `{self.model}` makes {count} tokens of a picture of {size[0]} x {size[1]}, the model "
+                f"{wanted}; choose another `size` for it."
+            )
+        return channels
+
+    def pictures(self, tokenizer: Tokenizer, tokens: Tokens) -> Tensor:
+        """Return the pictures that tokens were cut from, 0 to 255, at the teacher's size (B, 3, h, w)."""
+        if tokens.count != prod(tokenizer.reference):
+            raise M3Error("a teacher needs pictures of the size that the model is built for; resize them.")
+        signal = tokenizer.detokenize(tokens.values, tokens.positions, tokenizer.signal.size)
+        pixels, size = 255 * tokenizer.modality.pixels(signal), self.size_of(tokenizer)
+        if pixels.shape[2:] == size:
+            return pixels
+        return F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 255)
+
+
+@cache
+def _shape(name: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Return the number of tokens and channels that a teacher makes of a picture."""
+    features = open_teacher.__wrapped__(name, None, size)(torch.zeros(1, 3, *size, device="meta"))
+    return features.shape[2] * features.shape[3], features.shape[1]
 
 
 @cache

@@ -119,20 +119,24 @@ class Image(Modality):
 
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw (C, H, W); the first three channels, or the first one in grey."""
-        pixels = self._pixels(signal.unsqueeze(0))[0].permute(1, 2, 0)
-        pixels = pixels[..., :3] if pixels.shape[-1] >= 3 else pixels[..., :1].expand(-1, -1, 3)
+        pixels = self.pixels(signal.unsqueeze(0))[0].permute(1, 2, 0)
         return hide((pixels * 255).round().to(torch.uint8).cpu().numpy(), is_known)
 
     def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
         """Sum squared errors of pixels in [0, 1] and their number -> (2,)."""
-        error = (self._pixels(predicted) - self._pixels(truth)).square().mean(1)
+        error = (self._shares(predicted) - self._shares(truth)).square().mean(1)
         return torch.stack([(error * weight).sum(), weight.sum()]).double()
 
     def finish_score(self, sums: Tensor) -> float:
         """Peak signal-to-noise ratio in dB, 10 log10(1 / mean squared error)."""
         return float(-10 * torch.log10((sums[0] / sums[1]).clamp(min=1e-10)))
 
-    def _pixels(self, signal: Tensor) -> Tensor:
+    def pixels(self, signal: Tensor) -> Tensor:
+        """Undo `normalise`: (B, C, H, W) -> (B, 3, H, W) in [0, 1], the first three channels or the first in grey."""
+        x = self._shares(signal)
+        return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+
+    def _shares(self, signal: Tensor) -> Tensor:
         mean, std = self._statistics(signal.device)
         return (signal.float() * std + mean).clamp(0, 1)
 

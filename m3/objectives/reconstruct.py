@@ -7,7 +7,7 @@ Letters: B batch, T targets, P values per token, K classes.
 from __future__ import annotations
 
 import json
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -75,32 +75,32 @@ class Reconstruct(Predictor):
         self.views = (self.view,)
         tower = tokenizers[self.inputs[0]].tower
         self.decoders = nn.ModuleDict()
-        self.providers, self.modality_of, self.classes, self.channels = {}, {}, {}, {}
+        self.providers, self.of, self.channels = {}, {}, {}
         for name, target in spec.targets.items():
             modality = target.of or name
             check_modality(f"targets.{name}", modality, tokenizers)
             tokenizer = tokenizers[modality]
             part, settings = build_spec("targets", target.target, f"targets.{name}.target")
-            self.providers[name] = part(settings, tokenizer)
+            provider = self.providers[name] = part(settings, tokenizer)
             decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")
             with within(f"targets.{name}.decoder"):
-                self.decoders[name] = decoder(
-                    settings, tower, tokenizers, self.inputs, modality, self.providers[name].width
-                )
-            self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
-            self.channels[name] = tokenizer.signal.channels
-            check_loss(name, target.loss, tokenizer)
+                self.decoders[name] = decoder(settings, tower, tokenizers, self.inputs, modality, provider.width)
+            self.of[name], self.channels[name] = modality, tokenizer.signal.channels
+            check_loss(name, target.loss, tokenizer, said(provider, "classes", tokenizer.signal.classes))
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
-        self.is_relative = {name: getattr(part, "is_relative", False) for name, part in self.providers.items()}
+        signals = {name: tokenizers[modality].signal for name, modality in self.of.items()}
+        self.classes = {name: said(part, "classes", signals[name].classes) for name, part in self.providers.items()}
+        self.has_gaps = {name: said(part, "has_gaps", signals[name].has_gaps) for name, part in self.providers.items()}
+        self.is_relative = {name: said(part, "is_relative", False) for name, part in self.providers.items()}
+        self.modality_of = {name: m for name, m in self.of.items() if said(self.providers[name], "is_signal", True)}
         self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
-        self.has_gaps = {name: tokenizers[m].signal.has_gaps for name, m in self.modality_of.items()}
 
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
         """Return one part per target, named after it."""
         view = encoded[self.views[0]]
         parts = {}
         for number, (name, target) in enumerate(self.spec.targets.items()):
-            modality = self.modality_of[name]
+            modality = self.of[name]
             index, is_target = self._targets(name, view.plan, tokens)
             predicted = self.predict(name, view, tokens, index)
             truth = self.providers[name](tokens[modality], index)
@@ -124,9 +124,12 @@ class Reconstruct(Predictor):
         if not any(self._targets(name, plan, tokens)[0].shape[1] for name in self.spec.targets):
             raise M3Error("the masking of `reconstruct` hides nothing that could be predicted; lower `visible`.")
         for name in self.spec.targets:
-            modality = self.modality_of[name]
             index, is_target = self._targets(name, plan, tokens)
-            truth = self.providers[name](tokens[modality], index)
+            provider, own = self.providers[name], tokens[self.of[name]]
+            if self.has_gaps[name] or not hasattr(provider, "count"):
+                truth = provider(own, index)
+            else:  # nothing but the shape matters, and a teacher need not look
+                truth = index.new_zeros((*index.shape, provider.count))
             weights = value_weights(truth, is_target, self.has_gaps[name])
             counts[name] = reduce(torch.zeros_like(truth, dtype=torch.float32), weights, self.spec.average)[1]
         if self.log_variance is not None:
@@ -149,7 +152,7 @@ class Reconstruct(Predictor):
 
     def _targets(self, name: str, plan: MaskPlan, tokens: dict[str, Tokens]) -> tuple[Tensor, Tensor | None]:
         """Return target indices (B, T) and which of them count; a modality that is no input is predicted whole."""
-        modality = self.modality_of[name]
+        modality = self.of[name]
         if modality not in tokens:
             raise M3Error(f"the batch has no `{modality}`, which target `{name}` needs; add it to the data.")
         if modality in plan.target:
@@ -206,12 +209,18 @@ def check_modality(where: str, name: str, tokenizers: dict[str, Tokenizer]) -> N
         raise M3Error(f"{where} names `{name}`, which is no modality of the recipe.{nearest(name, tokenizers)}")
 
 
-def check_loss(name: str, loss: str, tokenizer: Tokenizer) -> None:
-    """Raise M3Error when a loss can't compare what the tokens of target `name` hold."""
+def said(provider: Any, what: str, otherwise: Any) -> Any:
+    """Return what a target provider says of itself; those from outside may leave it to the modality."""
+    return getattr(provider, what, otherwise)
+
+
+def check_loss(name: str, loss: str, tokenizer: Tokenizer, classes: int) -> None:
+    """Raise M3Error when a loss can't compare what target `name` holds: ids of so many classes, or values (0)."""
     if loss == "chamfer" and tokenizer.signal.channel_axis != -1:
         raise M3Error(f"target `{name}` holds no points, which loss `chamfer` compares; use mse, l1 or smooth_l1.")
-    if (loss == "cross_entropy") != (tokenizer.signal.kind == "classes"):
+    if (loss == "cross_entropy") != bool(classes):
+        kind = "classes" if classes else "values"
         raise M3Error(
-            f"target `{name}` holds {tokenizer.signal.kind}, which loss `{loss}` can't compare; "
+            f"target `{name}` holds {kind}, which loss `{loss}` can't compare; "
             f"use cross_entropy for classes and mse, l1 or smooth_l1 for values."
         )

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from m3.check import shrink
 from m3.checkpoint import newest
 from m3.data.loader import Samples, first_batches
+from m3.evaluate.tasks.predict import predictors
 from m3.model import M3Model
 from m3.recipe import PACKAGED, dump_recipe, load_recipe
 from m3.summary import cost, meta_model
@@ -51,7 +52,8 @@ def test_recipe_trains_saves_reloads_and_resumes(name: str, tmp_path: Path) -> N
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = [line for line in lines if "lr" in line]
     assert [line["step"] for line in losses] == [1, 2, 3]
-    assert (run / "preview.png").stat().st_size > 1000
+    if predictors(build_model(recipe)):
+        assert (run / "preview.png").stat().st_size > 1000
     final = load_file(run / "model" / "model.safetensors")
     assert M3Model.from_pretrained(run / "model").config.modalities == model_config(recipe).modalities
 

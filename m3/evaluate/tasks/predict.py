@@ -134,7 +134,7 @@ class Predict(Task):
 
 def predictors(model: M3Model) -> list[Predictor]:
     """Return the objectives that predict signals."""
-    return [objective for objective in model.objectives.values() if isinstance(objective, Predictor)]
+    return [o for o in model.objectives.values() if isinstance(o, Predictor) and o.modality_of]
 
 
 def objective_of(model: M3Model, target: str) -> str:
