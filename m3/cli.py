@@ -58,6 +58,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's")
     command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
     command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
+    command = add("embed", _embed, "compare files and sentences in a model's shared space", recipe=False)
+    command.add_argument("model", help="folder of a model or of its run, or Hub id")
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help='modality=file, or e.g. text="a red cube"')
+    command.add_argument("--out", default=None, help="NPZ file for the vectors, one array for each side")
+    command.add_argument("--objective", default=None, help="name of the contrastive objective (default: the first)")
     data_commands.add_arguments(commands)
     command = add("tokenize", _tokenize, "turn a data source into shards of code numbers", recipe=False)
     command.add_argument("tokenizer", help="model folder of a run with an `autoencode` objective")
@@ -109,6 +114,12 @@ def _reconstruct(options: argparse.Namespace) -> None:
 
     visible = None if options.visible is None else _share(options.visible)
     reconstruct_files(options.model, options.inputs, Path(options.out), visible, options.seed)
+
+
+def _embed(options: argparse.Namespace) -> None:
+    from m3.embed import embed_files
+
+    embed_files(options.model, options.inputs, Path(options.out) if options.out else None, options.objective)
 
 
 def _share(text: str) -> float:

@@ -115,7 +115,7 @@ class Contrast(Coupled, Embedder):
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
     def similarity(self, encoded: dict[View, Encoded], of: str) -> Tensor:
-        """Return logits (B, B): row, the other side of a sample; column, the side of a sample that modality `of` is in."""
+        """Return logits (B, B): row, a sample's other side; column, a sample's side that holds the modality `of`."""
         lent = next((side for side, view in self.side_views.items() if of in view.modalities), None)
         if lent is None:
             raise M3Error(f"`{of}` is in no side of the contrast, so its likeness to others is not known; add one.")

@@ -50,8 +50,8 @@ ORDER = (
     {"data.sources", "data.pack", "data.check", "data.loader", "data.stream", "network", "progress"},
     {"model"},
     {"processor", "evaluate", "tokenizer_model", "initialise"},
-    {"show"},
-    {"train", "held_out", "reconstruct", "tokenize_data"},
+    {"show", "inputs"},
+    {"train", "held_out", "reconstruct", "embed", "tokenize_data"},
     {
         "summary",
         "check",
