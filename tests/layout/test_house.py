@@ -57,6 +57,7 @@ ORDER = (
         "check",
         "doctor",
         "bench",
+        "compare",
         "bench_data",
         "testing",
         "plugin_commands",
