@@ -143,7 +143,7 @@ class Network(PreTrainedModel):
                 self.backbone = Backbone(spec)
         self.objectives = nn.ModuleDict(objectives)
         self.post_init()
-        self._freeze({name for name, tower in towers.items() if tower.frozen})
+        self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
 
@@ -322,16 +322,14 @@ class Network(PreTrainedModel):
             raise M3Error(f"`{swap.of}` can't be swapped in a view of {', '.join(view.modalities)}; name one of them.")
 
     def _freeze(self, towers: set[str]) -> None:
-        """Take frozen towers, with all that leads into them, out of training."""
-        for name, tower in self.tower_of.items():
-            if tower in towers:
-                for part in (self.towers, self.tokenizers, self.positions):
-                    key = tower if part is self.towers else name
-                    if key in part:
-                        part[key].requires_grad_(False)
-                for part in (self.modality_embeddings, self.mask_tokens):
-                    if name in part:
-                        part[name].requires_grad_(False)
+        """Take frozen towers (empty name: the backbone), with all that leads into them, out of training."""
+        for name in (name for name, tower in self.tower_of.items() if tower in towers):
+            for part in (self.tokenizers, self.positions, self.modality_embeddings, self.mask_tokens):
+                if name in part:
+                    part[name].requires_grad_(False)
+        for tower, part in {"": self.backbone, **dict(self.towers.items())}.items():
+            if tower in towers and part is not None:
+                part.requires_grad_(False)
 
     def _tokenizer(self, name: str) -> Tokenizer:
         return self.tokenizers[name]  # type: ignore[return-value]  # ModuleDict forgets the class of its values

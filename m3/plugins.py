@@ -334,6 +334,17 @@ class Coupled(Objective):
         """
 
 
+class Embedder(Objective):
+    """An objective that brings several sides of a sample into one space, where they can be compared."""
+
+    side_views: dict[str, View]
+    """Side -> what its encoder sees in training."""
+
+    @abstractmethod
+    def embed(self, side: str, encoded: Encoded) -> Tensor:
+        """Return unit vectors (B, E) of one side."""
+
+
 class Pool(NamedTuple):
     """The rows of all samples of a step, without gradient.
 
