@@ -1,4 +1,4 @@
-"""The shared transformer: a plain pre-norm ViT over whatever tokens it is given.
+"""The shared transformer: a plain ViT over whatever tokens it is given.
 
 Class and register tokens are added and removed here and nowhere else.
 Letters: B batch, V visible tokens, R prefix tokens, D width.
@@ -45,12 +45,14 @@ class Style(NamedTuple):
         bias: biases in all linear layers and norms.
         qk_norm: LayerNorm of queries and keys, per head.
         layer_scale: start of a learned factor per channel on each branch; None: no factor.
+        norm: LayerNorm before each branch (`pre`), or after its sum with the residual (`post`; BERT).
     """
 
     mlp: Literal["gelu", "swiglu"] = "gelu"
     bias: bool = True
     qk_norm: bool = False
     layer_scale: float | None = None
+    norm: Literal["pre", "post"] = "pre"
 
 
 PLAIN = Style()
@@ -76,6 +78,8 @@ class BackboneSpec(Strict):
         bias: biases in linear layers and norms.
         qk_norm: LayerNorm of queries and keys.
         layer_scale: start of a learned factor per channel on each branch; null: none.
+        norm: `pre`, or `post` as in BERT; a post-norm transformer has no `final_norm`.
+        embedding_norm: LayerNorm of the embedded tokens, prefix included, before the first block (BERT).
     """
 
     width: PositiveInt = 768
@@ -91,11 +95,13 @@ class BackboneSpec(Strict):
     bias: bool = True
     qk_norm: bool = False
     layer_scale: PositiveFloat | None = None
+    norm: Literal["pre", "post"] = "pre"
+    embedding_norm: bool = False
 
     @property
     def style(self) -> Style:
         """What the blocks are made of."""
-        return Style(self.mlp, self.bias, self.qk_norm, self.layer_scale)
+        return Style(self.mlp, self.bias, self.qk_norm, self.layer_scale, self.norm)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> BackboneSpec:
@@ -146,10 +152,11 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)); post-norm: norm(x + attention(x)), ..."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float, style: Style = PLAIN) -> None:
         super().__init__()
+        self.is_post_norm = style.norm == "post"
         self.norm1 = nn.LayerNorm(width, eps=eps, bias=style.bias)
         self.attention = SelfAttention(width, heads, style.bias, eps if style.qk_norm else None)
         self.norm2 = nn.LayerNorm(width, eps=eps, bias=style.bias)
@@ -173,12 +180,15 @@ class Block(nn.Module):
             keep: (B, T) int64, tokens whose result is wanted -> (B, T, D); the others are still attended to.
             turn: cosines and sines (B, 1, N, E / 2) of rotary positions.
         """
-        attended = self.attention(self.norm1(x), mask, keep, turn)
+        attended = self.attention(x if self.is_post_norm else self.norm1(x), mask, keep, turn)
         if self.scale1 is not None:
             attended = self.scale1(attended)
         x = (x if keep is None else take(x, keep)) + attended
-        changed = self.mlp(self.norm2(x))
-        return x + (changed if self.scale2 is None else self.scale2(changed))
+        if self.is_post_norm:
+            x = self.norm1(x)
+        changed = self.mlp(x if self.is_post_norm else self.norm2(x))
+        x = x + (changed if self.scale2 is None else self.scale2(changed))
+        return self.norm2(x) if self.is_post_norm else x
 
 
 class Scale(nn.Module):
@@ -213,6 +223,9 @@ class Backbone(nn.Module):
         )
         norm = nn.LayerNorm(spec.width, eps=spec.norm_eps, bias=spec.bias)
         self.norm = norm if spec.final_norm else nn.Identity()
+        self.embedding_norm = nn.Identity()
+        if spec.embedding_norm:
+            self.embedding_norm = nn.LayerNorm(spec.width, eps=spec.norm_eps, bias=spec.bias)
 
     def forward(self, x: Tensor, plan: MaskPlan, layers: Iterable[int] = (), angles: Tensor | None = None) -> Encoded:
         """Encode packed visible tokens.
@@ -229,6 +242,7 @@ class Backbone(nn.Module):
             x = torch.cat([self.prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
             if is_valid is not None:
                 is_valid = torch.cat([is_valid.new_ones(len(x), count), is_valid], dim=1)
+        x = self.embedding_norm(x)
         mask = key_mask(is_valid)
         turn = None
         if angles is not None:  # prefix tokens are nowhere: angle 0

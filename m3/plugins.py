@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from m3.errors import M3Error
 from m3.types import Encoded, Loss, MaskPlan, Tokens
 
 File = Path | BinaryIO
@@ -250,6 +251,12 @@ class Tokenizer(nn.Module, ABC):
     @abstractmethod
     def decode(self, output: Tensor) -> Tensor:
         """Turn what a head predicts (B, N, output_width) into token values (B, N, P)."""
+
+    def tied_weight(self) -> Tensor:
+        """Return the embedding's weight (output_width, D) for a head that shares it."""
+        raise M3Error(
+            f"tokenizer `{type(self).__name__.lower()}` has no single weight that a head could share; remove `tied`."
+        )
 
 
 class View(NamedTuple):

@@ -21,6 +21,8 @@ BASELINES = {
     "constant": "constant: the training mean, median or most frequent class",
     "average_map": "average map: the training mean, median or most frequent class of each place",
     "patch_mean": "patch mean: the hidden patch's own mean",
+    "without": "without: the same model, not shown another modality",
+    "chance": "chance: a guess",
     "one_code": "one code: a collapsed codebook that says the same of everything",
 }
 
