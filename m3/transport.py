@@ -5,6 +5,8 @@ Letters: B batch, M and N vectors of the two sets, D width.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -58,7 +60,7 @@ def transport_cost(x: Tensor, y: Tensor, is_x: Tensor, is_y: Tensor) -> Tensor:
 
     The plan is worked out in float32 or better and without gradient: the distance pulls on the vectors alone.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
         exact = torch.promote_types(x.dtype, torch.float32)
         cost = cosine_cost(x.to(exact), y.to(exact))
         return (ipot(cost.detach(), is_x, is_y) * cost).sum((1, 2))

@@ -50,7 +50,7 @@ class PointGroup(Tokenizer):
 
     def __init__(self, spec: Spec, signal: Signal, width: int) -> None:
         super().__init__(spec, signal, width)
-        if signal.kind != "values" or len(signal.size) != 1 or signal.channels < 3:
+        if signal.kind != "values" or len(signal.size) != 1 or signal.channels < 3 or signal.is_boxed:
             raise M3Error(
                 f"tokenizer `point_group` reads lists of points with 3 or more values, got {signal.channels} "
                 f"{signal.kind} over {len(signal.size)} axes; use it for the modality `points`."

@@ -131,8 +131,9 @@ class Predict(Task):
         model, task, name = self.model, self.spec, self.modality
         modality, tokens = model.modalities[name], result.tokens[name]
         is_asked = torch.ones(tokens.values.shape[:2], dtype=torch.bool, device=model.device)
-        if name in result.is_visible:
-            is_asked = ~result.is_visible[name]
+        place = next(p for p in predictors(model) if task.target in p.modality_of).place_of(task.target)
+        if place in result.is_visible:
+            is_asked = ~result.is_visible[place]
         if tokens.is_valid is not None:
             is_asked = is_asked & tokens.is_valid
         if task.baseline == "patch_mean":
