@@ -1,4 +1,4 @@
-"""The shared transformer: a plain pre-norm ViT over whatever tokens it is given.
+"""The shared transformer: a plain ViT over whatever tokens it is given.
 
 Class and register tokens are added and removed here and nowhere else.
 Letters: B batch, V visible tokens, R prefix tokens, D width.
@@ -51,12 +51,14 @@ class Style(NamedTuple):
         bias: biases in all linear layers and norms.
         qk_norm: LayerNorm of queries and keys, per head.
         layer_scale: start of a learned factor per channel on each branch; None: no factor.
+        norm: LayerNorm before each branch (`pre`), or after its sum with the residual (`post`; BERT).
     """
 
     mlp: Activation = "gelu"
     bias: bool = True
     qk_norm: bool = False
     layer_scale: float | None = None
+    norm: Literal["pre", "post"] = "pre"
 
 
 PLAIN = Style()
@@ -73,7 +75,8 @@ class BackboneSpec(Strict):
         class_tokens: learned tokens in front that every modality can write to (MAE's class token,
             MultiMAE's global token).
         final_norm: LayerNorm after the last block (MAE: yes, MultiMAE: no).
-        input_norm: LayerNorm of the tokens before the first block (CLIP's `ln_pre` of images).
+        input_norm: LayerNorm of the embedded tokens, class tokens included, before the first block (BERT; CLIP's
+            `ln_pre` of images).
         causal: every token attends to those before it only (CLIP's text); goes with class_tokens: 0.
         frozen: leave its weights, and those that lead into it, as they are (Zhai et al. 2021, LiT).
         norm_eps: LayerNorm's epsilon.
@@ -85,6 +88,7 @@ class BackboneSpec(Strict):
         bias: biases in linear layers and norms.
         qk_norm: LayerNorm of queries and keys.
         layer_scale: start of a learned factor per channel on each branch; null: none.
+        norm: `pre`, or `post` as in BERT; a post-norm transformer has no `final_norm`.
     """
 
     width: PositiveInt = 768
@@ -103,11 +107,12 @@ class BackboneSpec(Strict):
     bias: bool = True
     qk_norm: bool = False
     layer_scale: PositiveFloat | None = None
+    norm: Literal["pre", "post"] = "pre"
 
     @property
     def style(self) -> Style:
         """What the blocks are made of."""
-        return Style(self.mlp, self.bias, self.qk_norm, self.layer_scale)
+        return Style(self.mlp, self.bias, self.qk_norm, self.layer_scale, self.norm)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> BackboneSpec:
@@ -170,10 +175,11 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)); post-norm: norm(x + attention(x)), ..."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float, style: Style = PLAIN) -> None:
         super().__init__()
+        self.is_post_norm = style.norm == "post"
         self.norm1 = nn.LayerNorm(width, eps=eps, bias=style.bias)
         self.attention = SelfAttention(width, heads, style.bias, eps if style.qk_norm else None)
         self.norm2 = nn.LayerNorm(width, eps=eps, bias=style.bias)
@@ -197,12 +203,15 @@ class Block(nn.Module):
             keep: (B, T) int64, tokens whose result is wanted -> (B, T, D); the others are still attended to.
             turn: cosines and sines (B, 1, N, E / 2) of rotary positions.
         """
-        attended = self.attention(self.norm1(x), mask, keep, turn)
+        attended = self.attention(x if self.is_post_norm else self.norm1(x), mask, keep, turn)
         if self.scale1 is not None:
             attended = self.scale1(attended)
         x = (x if keep is None else take(x, keep)) + attended
-        changed = self.mlp(self.norm2(x))
-        return x + (changed if self.scale2 is None else self.scale2(changed))
+        if self.is_post_norm:
+            x = self.norm1(x)
+        changed = self.mlp(x if self.is_post_norm else self.norm2(x))
+        x = x + (changed if self.scale2 is None else self.scale2(changed))
+        return self.norm2(x) if self.is_post_norm else x
 
 
 class Scale(nn.Module):

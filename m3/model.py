@@ -14,6 +14,7 @@ from torch import Tensor
 from m3 import masking
 from m3.errors import M3Error, nearest
 from m3.network import Network
+from m3.objectives.match import Match
 from m3.plugins import Embedder, Predictor, Signal
 from m3.random import Draws
 from m3.types import Batch, Encoded, MaskPlan, Tokens
@@ -44,7 +45,7 @@ class Reconstruction:
 
 
 class M3Model(Network):
-    """One transformer over all modalities of its config: encode, embed, reconstruct."""
+    """One transformer over all modalities of its config: encode, embed, match, reconstruct."""
 
     @torch.no_grad()
     def encode(self, batch: Batch, layers: tuple[int, ...] = ()) -> Encoded:
@@ -136,6 +137,39 @@ class M3Model(Network):
             raise M3Error("the model has no shared space; embed needs an objective of `type: contrast`.")
         if name is not None and name not in found:
             raise M3Error(f"the model has no contrastive objective `{name}`.{nearest(name, found)}")
+        return found[name] if name is not None else next(iter(found.values()))
+
+    @torch.no_grad()
+    def match(self, batch: Batch, objective: str | None = None) -> Tensor:
+        """Return (B,) the probability in [0, 1] that the two modalities of each sample belong together.
+
+        Args:
+            batch: raw signals; NaN comes out for a sample that lacks one of the two.
+            objective: name of the objective of type `match`; the first one if left out.
+        """
+        part = self.matcher(objective)
+        return self.match_tokens(self.tokenise(batch.to(self.device)), part)
+
+    @torch.no_grad()
+    def match_tokens(self, tokens: dict[str, Tokens], part: Match) -> Tensor:
+        """Do what `match` does, from tokens."""
+        lacking = [name for name in part.spec.modalities if name not in tokens]
+        if lacking:
+            raise M3Error(f"the batch has no `{lacking[0]}`, which is to be matched; add it.")
+        seen = {name: tokens[name] for name in part.spec.modalities}
+        found = part.probability(self.encode_tokens(seen, masking.everything(seen)))
+        for tokens_of_one in seen.values():
+            if tokens_of_one.is_valid is not None:
+                found = found.masked_fill(~tokens_of_one.is_valid.any(1), torch.nan)
+        return found
+
+    def matcher(self, name: str | None = None) -> Match:
+        """Return the objective of type `match`, the first one if no name is given."""
+        found = {n: o for n, o in self.objectives.items() if isinstance(o, Match)}
+        if not found:
+            raise M3Error("the model has no objective of type `match`; train it with one.")
+        if name is not None and name not in found:
+            raise M3Error(f"the model has no objective `{name}` of type `match`.{nearest(name, found)}")
         return found[name] if name is not None else next(iter(found.values()))
 
     def _predictor(self, name: str | None) -> Predictor:

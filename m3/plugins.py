@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from m3.errors import M3Error
 from m3.types import Encoded, Loss, MaskPlan, Tokens
 
 File = Path | BinaryIO
@@ -37,6 +38,7 @@ class Signal(NamedTuple):
         classes: number of classes, 0 for values.
         has_gaps: some positions may be unknown: NaN in values, -1 in class ids. No loss asks for them.
         channel_axis: of a batch of values: 1, or -1 for lists of points.
+        is_boxed: the last four channels are a box: left, top, right, bottom.
     """
 
     kind: Literal["values", "classes"]
@@ -45,6 +47,7 @@ class Signal(NamedTuple):
     classes: int = 0
     has_gaps: bool = False
     channel_axis: int = 1
+    is_boxed: bool = False
 
     def extent(self, signal: Tensor) -> tuple[int, ...]:
         """Return the size along the position axes of a batch (B, ...) of normalised signals."""
@@ -264,6 +267,12 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, output: Tensor) -> Tensor:
         """Turn what a head predicts (B, N, output_width) into token values (B, N, P)."""
 
+    def tied_weight(self) -> Tensor:
+        """Return the embedding's weight (output_width, D) for a head that shares it."""
+        raise M3Error(
+            f"tokenizer `{type(self).__name__.lower()}` has no single weight that a head could share; remove `tied`."
+        )
+
 
 class View(NamedTuple):
     """These modalities, under this mask, encoded together. Equal views are encoded once per step.
@@ -372,6 +381,10 @@ class Predictor(Objective):
     @abstractmethod
     def predict(self, name: str, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict target `name` at the tokens index (B, T) -> (B, T, output width)."""
+
+    def place_of(self, name: str) -> str:
+        """Return the modality whose hidden tokens are the places that target `name` is predicted at."""
+        return self.modality_of[name]
 
     @abstractmethod
     def restore(self, name: str, output: Tensor, tokens: Tokens) -> Tensor:

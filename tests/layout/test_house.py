@@ -26,6 +26,7 @@ ORDER = (
         "points",
         "samples",
         "codebook",
+        "transport",
         "data.recording",
         "plugin_template",
     },
