@@ -14,14 +14,17 @@ from m3.checkpoint import newest
 from m3.config import M3Config
 from m3.errors import M3Error
 from m3.model import M3Model
-from m3.parts import find
 from m3.progress import no_progress_bars
 from m3.recipe import Recipe, recipe_from
 from m3.train import train
 
 STEPS = 3
+WIDTH = 32
 SAMPLES = 4
 
+
+TEACHER = "timm:vit_tiny_patch16_224"
+"""What stands in for the teachers of a recipe."""
 
 NEED_ROOT = ("folder", "shards")
 """Sources that a recipe may leave without `data.root`, for its user to give."""
@@ -36,16 +39,16 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
     settings = recipe.model_dump(mode="json", exclude_none=True)
     settings["out"] = str(out)
     for tower in (settings["backbone"], *settings["towers"].values()):
-        tower |= {"width": 32, "depth": 2, "heads": 2}
+        tower |= {"width": WIDTH, "depth": 2, "heads": 2}
     settings.pop("init", None)
     for objective in settings["objectives"].values():
         for part in [objective, *objective.get("targets", {}).values()]:
             if "decoder" in part:
                 part["decoder"] = _small_decoder(part["decoder"])
         for name, part in objective.get("targets", {}).items():
-            codes = part.get("target", {})
-            if codes.get("type") == "codes" and not (Path(codes["tokenizer"]) / "config.json").is_file():
-                codes["tokenizer"] = _stand_in(settings["modalities"], part.get("of") or name, out / "tokenizer")
+            _small_target(part.get("target", {}), settings["modalities"], part.get("of") or name, out)
+        if "swap" in objective:
+            objective["swap"]["group"] = 2
     if recipe.data.root is None and recipe.data.source in NEED_ROOT:
         settings["data"] = {"source": "world"}
     settings["data"] |= {"samples": 4 * SAMPLES, "held_out": SAMPLES, "workers": 0}
@@ -80,6 +83,14 @@ def check(recipe: Recipe) -> None:
     )
 
 
+def _small_target(target: dict[str, Any], modalities: dict[str, Any], name: str, out: Path) -> None:
+    """Put a small random network in the place of a teacher, and a tokenizer where there is none."""
+    if target.get("type") == "teacher":
+        target.update(model=TEACHER, weights=None)
+    if target.get("type") == "codes" and not (Path(target["tokenizer"]) / "config.json").is_file():
+        target["tokenizer"] = _stand_in(modalities, name, out / "tokenizer")
+
+
 def _stand_in(modalities: dict[str, Any], name: str, folder: Path) -> str:
     """Write an untrained tokenizer of a modality of a recipe, with a code for each of its tokens."""
     quantiser = {"type": "fsq", "levels": [4, 4]}
@@ -92,5 +103,6 @@ def _stand_in(modalities: dict[str, Any], name: str, folder: Path) -> str:
 
 
 def _small_decoder(decoder: dict[str, Any]) -> dict[str, Any]:
-    known = find("decoders", decoder["type"]).Spec.model_fields  # type: ignore[attr-defined]  # every part has one
-    return decoder | {key: value for key, value in {"width": 16, "depth": 1, "heads": 2}.items() if key in known}
+    if decoder["type"] == "head":  # as wide as the network, which its weights may be tied to
+        return {**decoder, "hidden": WIDTH} if decoder.get("hidden") else decoder
+    return {**decoder, "width": 16, "depth": 1, "heads": 2}

@@ -12,20 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers import initialization as init
 from transformers.utils.generic import ModelOutput
 
 from m3.backbone import Backbone, BackboneSpec, TowerSpec
 from m3.config import M3Config
+from m3.encoder import Encoder
 from m3.errors import M3Error, nearest, read_settings, within
 from m3.masker import Masker
 from m3.partners import Swap, draw_partners, swapped
 from m3.parts import build_spec
 from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
-from m3.positions import Rotary, build_positions
+from m3.positions import build_positions
 from m3.random import Draws
-from m3.types import HIDDEN, Batch, Encoded, Loss, MaskPlan, Tokens, take
+from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def build_modalities(settings: dict[str, Any]) -> dict[str, Modality]:
     return built
 
 
-class Network(PreTrainedModel):
+class Network(Encoder):
     """One transformer, or several towers, over all modalities of a config, with the heads of its objectives."""
 
     config_class = M3Config
@@ -128,7 +127,7 @@ class Network(PreTrainedModel):
         self.towers = nn.ModuleDict()
         self.backbone = None  # objectives without views bring their own network
         seen = dict.fromkeys(name for view in self.views for name in view.modalities)
-        hidden = {name for view, mask in self.views.items() if mask.hidden != "drop" for name in view.modalities}
+        hidden = {name for view, mask in self.views.items() for name in view.modalities if mask.hides(name)}
         for name in self.modalities if self.views else ():
             tower = towers.get(self.tower_of[name], spec)
             self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
@@ -142,8 +141,10 @@ class Network(PreTrainedModel):
             else:
                 self.backbone = Backbone(spec)
         self.objectives = nn.ModuleDict(objectives)
+        for view in self.views:
+            self._check_swap(view)
         self.post_init()
-        self._freeze({name for name, tower in towers.items() if tower.frozen})
+        self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
 
@@ -159,6 +160,7 @@ class Network(PreTrainedModel):
         tokens = self.tokenise(batch)
         draws = Draws(batch.keys, self.config.seed if seed is None else seed)
         views = dict.fromkeys(view for objective in self._active(active).values() for view in objective.views)
+        views |= dict.fromkeys(needed for view in views for needed in self._needed(view))
         return Prepared(tokens, {view: self._plan(view, tokens, draws) for view in views}, draws, active)
 
     def _plan(self, view: View, tokens: dict[str, Tokens], draws: Draws, similarity: Tensor | None = None) -> MaskPlan:
@@ -258,109 +260,43 @@ class Network(PreTrainedModel):
         for view, swap in waiting:
             assert prepared.draws is not None, "a view with mismatches by similarity needs the draws of `prepare`"
             with torch.no_grad():
+                for needed in self._needed(view):  # of an objective that does not take part in this step
+                    if needed not in encoded:
+                        encoded[needed] = self.encode_tokens(prepared.tokens, prepared.plans[needed])
                 similarity = self.objectives[swap.by].similarity(encoded, swap.of)  # type: ignore[operator]
             plan = self._plan(view, prepared.tokens, prepared.draws, similarity)
             encoded[view] = self.encode_tokens(prepared.tokens, plan)
         return encoded
+
+    def _needed(self, view: View) -> tuple[View, ...]:
+        """Return the views whose similarities say who borrows from whom in this one."""
+        by = Swap(**json.loads(view.swap)).by if view.swap else "random"
+        return () if by == "random" else self._objectives()[by].views
 
     def after_step(self) -> None:
         """Move what learns without gradients, e.g. codebooks; the trainer calls it after each optimizer step."""
         for objective in self._objectives().values():
             objective.after_step()
 
-    def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
-        """Embed and encode the visible tokens of one view, and only those."""
-        tower = self._tower(tuple(plan.visible))
-        if plan.partners is not None:
-            tokens = swapped(tokens, plan.partners)
-        slots, angles = {}, {}
-        for name, index in plan.visible.items():
-            x = self._embed(name, take(tokens[name].values, index), plan.shown.get(name))
-            place = self.positions[name]
-            if isinstance(place, Rotary):
-                table = place.angles(tokens[name].positions, tower.head_width)
-                angles[name] = take(table, index).expand(len(x), -1, -1)
-            else:
-                x = x + take(place(tokens[name].positions), index)
-            if name in self.modality_embeddings:
-                x = x + self.modality_embeddings[name]
-            slots[name] = x.to(self.dtype)
-        if not angles:
-            return tower(plan.pack(slots), plan, layers)
-        still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
-        return tower(plan.pack(slots), plan, layers, plan.pack(still | angles))
-
-    def _embed(self, name: str, values: Tensor, shown: Tensor | None) -> Tensor:
-        """Embed token values (B, S, P) -> (B, S, D); `shown` (B, S) says where something else stands in for them."""
-        if shown is not None and not values.is_floating_point():
-            values = torch.where((shown >= 0).unsqueeze(-1), shown.unsqueeze(-1), values)
-        x = self._tokenizer(name).embed(values.to(self.dtype) if values.is_floating_point() else values)
-        if shown is not None and name in self.mask_tokens:
-            x = torch.where((shown == HIDDEN).unsqueeze(-1), self.mask_tokens[name].to(x.dtype), x)
-        return x
-
-    def _tower(self, names: tuple[str, ...]) -> Backbone:
-        """Return the tower that reads these modalities."""
-        found = dict.fromkeys(self.tower_of[name] for name in names)
-        if len(found) > 1:
-            raise M3Error(f"{', '.join(names)} are read by different towers and can't be encoded together; use one.")
-        tower = self.towers[next(iter(found))] if any(found) else self.backbone
-        if tower is None:
-            raise M3Error("the model has no backbone, since none of its objectives has a view; use `M3Tokenizer`.")
-        return tower  # type: ignore[return-value]  # ModuleDict forgets the class of its values
-
-    def _check_view(self, view: View) -> None:
-        """Raise M3Error for a view that no tower can encode, or whose mismatches can't be drawn."""
-        towers = dict.fromkeys(self.tower_of[name] or "backbone" for name in view.modalities)
-        if len(towers) > 1:
-            raise M3Error(
-                f"{', '.join(view.modalities)} can't be encoded together, since different towers read them "
-                f"({', '.join(towers)}); put them into one tower."
-            )
+    def _check_swap(self, view: View) -> None:
+        """Raise M3Error for a view whose mismatches can't be drawn."""
         swap = Swap(**json.loads(view.swap)) if view.swap else None
-        if swap and swap.of not in view.modalities:
+        if swap is None:
+            return
+        if swap.of not in view.modalities:
             raise M3Error(f"`{swap.of}` can't be swapped in a view of {', '.join(view.modalities)}; name one of them.")
-
-    def _freeze(self, towers: set[str]) -> None:
-        """Take frozen towers, with all that leads into them, out of training."""
-        for name, tower in self.tower_of.items():
-            if tower in towers:
-                for part in (self.towers, self.tokenizers, self.positions):
-                    key = tower if part is self.towers else name
-                    if key in part:
-                        part[key].requires_grad_(False)
-                for part in (self.modality_embeddings, self.mask_tokens):
-                    if name in part:
-                        part[name].requires_grad_(False)
-
-    def _tokenizer(self, name: str) -> Tokenizer:
-        return self.tokenizers[name]  # type: ignore[return-value]  # ModuleDict forgets the class of its values
+        able = [name for name, objective in self.objectives.items() if hasattr(objective, "similarity")]
+        if swap.by != "random" and swap.by not in able:
+            raise M3Error(
+                f"swap.by: `{swap.by}` is no objective of type `contrast`; write `random` or add one."
+                f"{nearest(swap.by, able)}"
+            )
 
     def _objectives(self) -> dict[str, Objective]:
         return dict(self.objectives.items())  # type: ignore[arg-type]  # as above
 
     def _active(self, names: tuple[str, ...] | None) -> dict[str, Objective]:
         return {name: o for name, o in self._objectives().items() if names is None or name in names}
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise as MAE does: xavier-uniform matrices, zero biases, N(0, 0.02) tokens and embeddings."""
-        if isinstance(module, nn.Linear | nn.Conv2d):
-            init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            init.ones_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=0.02)
-        else:
-            for parameter in module.parameters(recurse=False):
-                if parameter.ndim > 1:
-                    init.normal_(parameter, std=0.02)
-                else:  # learned log-variances start at 0, weight 1
-                    init.zeros_(parameter)
 
 
 def _tower_of(towers: dict[str, TowerSpec], modalities: Iterable[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from m3.errors import M3Error
+from m3.signals import Crop, Signal
 from m3.types import Encoded, Loss, MaskPlan, Tokens
 
 File = Path | BinaryIO
@@ -26,55 +27,6 @@ class Strict(BaseModel):
     """A settings model that refuses unknown keys and wrong types, and does not change after it is read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, validate_default=True)
-
-
-class Signal(NamedTuple):
-    """What a modality hands to its tokenizer.
-
-    Attributes:
-        kind: `values` are floats around 0; `classes` are int64 ids.
-        channels: values per position (1 for classes).
-        size: extent along each position axis, e.g. (height, width), that the model is built for.
-        classes: number of classes, 0 for values.
-        has_gaps: some positions may be unknown: NaN in values, -1 in class ids. No loss asks for them.
-        channel_axis: of a batch of values: 1, or -1 for lists of points.
-    """
-
-    kind: Literal["values", "classes"]
-    channels: int
-    size: tuple[int, ...]
-    classes: int = 0
-    has_gaps: bool = False
-    channel_axis: int = 1
-
-    def extent(self, signal: Tensor) -> tuple[int, ...]:
-        """Return the size along the position axes of a batch (B, ...) of normalised signals."""
-        return tuple(self.without_channels(signal).shape[1:])
-
-    def without_channels(self, signal: Tensor) -> Tensor:
-        """Take the first channel of a batch of values; classes have none."""
-        return signal if self.kind == "classes" else signal.select(self.channel_axis, 0)
-
-
-class Crop(NamedTuple):
-    """One geometric decision, shared by all aligned modalities of a sample.
-
-    Attributes:
-        box: top, left, height, width as shares of the map's height and width in [0, 1]; None: the largest
-            centred part with the aspect that the model reads.
-        is_flipped: mirrored left to right.
-    """
-
-    box: tuple[float, float, float, float] | None = None
-    is_flipped: bool = False
-
-    def window(self, height: int, width: int, size: tuple[float, float]) -> tuple[float, float, float, float]:
-        """Return the box for a map of height x width that is read at `size`: the given one, or the centred part."""
-        if self.box is not None:
-            return self.box
-        scale = min(height / size[0], width / size[1])
-        h, w = size[0] * scale / height, size[1] * scale / width
-        return (1 - h) / 2, (1 - w) / 2, h, w
 
 
 class Modality(ABC):
@@ -275,6 +227,12 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, output: Tensor) -> Tensor:
         """Turn what a head predicts (B, N, output_width) into token values (B, N, P)."""
 
+    def tied_weight(self) -> Tensor:
+        """Return the embedding's weight (output_width, D) for a head that shares it."""
+        raise M3Error(
+            f"tokenizer `{type(self).__name__.lower()}` has no single weight that a head could share; remove `tied`."
+        )
+
 
 class View(NamedTuple):
     """These modalities, under this mask, encoded together. Equal views are encoded once per step.
@@ -345,6 +303,17 @@ class Coupled(Objective):
         """
 
 
+class Embedder(Objective):
+    """An objective that brings several sides of a sample into one space, where they can be compared."""
+
+    side_views: dict[str, View]
+    """Side -> what its encoder sees in training."""
+
+    @abstractmethod
+    def embed(self, side: str, encoded: Encoded) -> Tensor:
+        """Return unit vectors (B, E) of one side."""
+
+
 class Pool(NamedTuple):
     """The rows of all samples of a step, without gradient.
 
@@ -372,6 +341,10 @@ class Predictor(Objective):
     @abstractmethod
     def predict(self, name: str, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict target `name` at the tokens index (B, T) -> (B, T, output width)."""
+
+    def place_of(self, name: str) -> str:
+        """Return the modality whose hidden tokens are the places that target `name` is predicted at."""
+        return self.modality_of[name]
 
     @abstractmethod
     def restore(self, name: str, output: Tensor, tokens: Tokens) -> Tensor:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import NonNegativeInt
 from torch import Tensor
 
 from m3.errors import M3Error
@@ -29,6 +30,7 @@ class Target:
     Attributes:
         width: numbers per token that a decoder predicts.
         count: P, values per token that `__call__` returns.
+        kind: `values`, `classes` or `probabilities`, for the choice of the loss.
         classes: K of class ids; 0 for values.
         has_gaps: some of its values may be unknown (NaN or -1).
         is_relative: its values say nothing of a token's mean and contrast.
@@ -38,7 +40,8 @@ class Target:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.width, self.count = tokenizer.output_width, tokenizer.value_width
-        self.classes, self.has_gaps = tokenizer.signal.classes, tokenizer.signal.has_gaps
+        self.kind, self.classes = tokenizer.signal.kind, tokenizer.signal.classes
+        self.has_gaps = tokenizer.signal.has_gaps
         self.is_relative, self.is_signal = False, True
 
 
@@ -89,6 +92,58 @@ class Values(Target):
         return mean, (variance + self.eps).sqrt()
 
 
+class SoftLabels:
+    """The token's values as probabilities of classes, for loss `kl` (UNITER's MRC-kl, Chen et al. 2020, section 3.2).
+
+    Predictions are logits.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: soft_labels`; it has none."""
+
+    kind = "probabilities"
+    is_relative = False
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
+        self.width = tokenizer.output_width
+
+    def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
+        """Return the probabilities (B, T, P) of the tokens at index (B, T), NaN where nobody knows them."""
+        return take(tokens.values, index)
+
+    def restore(self, predicted: Tensor, tokens: Tokens) -> Tensor:
+        """Turn logits (B, N, P) into probabilities."""
+        return predicted.softmax(-1)
+
+
+class MostLikely(SoftLabels):
+    """The most likely class of the token's values, as an id, for loss `cross_entropy` (UNITER's MRC)."""
+
+    class Spec(Strict):
+        """Settings of `type: most_likely`.
+
+        Attributes:
+            skip: classes at the front that are never the answer (1: the background of a detector).
+        """
+
+        skip: NonNegativeInt = 0
+
+    kind = "classes"
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
+        super().__init__(SoftLabels.Spec(), tokenizer)
+        self.skip, self.classes = spec.skip, tokenizer.output_width
+        if spec.skip >= self.classes:
+            raise M3Error(f"target `most_likely` skips all of {self.classes} classes; lower `skip`.")
+
+    def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
+        """Return ids (B, T, 1) of the tokens at index (B, T), -1 where nobody knows the probabilities."""
+        values = take(tokens.values, index)
+        is_known = ~values.isnan().any(-1, keepdim=True)
+        best = values[..., self.skip :].argmax(-1, keepdim=True) + self.skip
+        return torch.where(is_known, best, -1)
+
+
 class Teacher(Target):
     """Features of a frozen network, of the clean picture: one vector per token with mean 0 and deviation 1.
 
@@ -102,7 +157,7 @@ class Teacher(Target):
         super().__init__(tokenizer)
         self.spec = spec
         self.width = self.count = spec.channels(tokenizer)
-        self.classes, self.has_gaps, self.is_signal = 0, False, False
+        self.kind, self.classes, self.has_gaps, self.is_signal = "values", 0, False, False
 
     def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
         """Return the features (B, T, C) of the tokens at index (B, T)."""
@@ -139,7 +194,7 @@ class Codes(Target):
                 f"give both the same modality and patches of one size."
             )
         self.width = self.classes = described.codes
-        self.count, self.has_gaps = 1, False
+        self.kind, self.count, self.has_gaps = "classes", 1, False
         self._frozen: M3Tokenizer | None = None
 
     def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:

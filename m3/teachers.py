@@ -71,7 +71,7 @@ class Teacher(NamedTuple):
 
     @torch.no_grad()
     def attention(self, pixels: Tensor) -> Tensor:
-        """Return how much the class token attends to each token in the last block, mean over heads: (B, N), sum <= 1."""
+        """Return how much the class token attends to each token in the last block, mean over heads (B, N)."""
         network, _ = self._ready(pixels)
         layer: Any = (network.transformer.resblocks if self.is_clip else network.blocks)[-1].attn
         kept: list[Tensor] = []

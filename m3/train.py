@@ -168,6 +168,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
                 if accelerator.is_main_process:
                     append(run, line)
+            reported = time.perf_counter()
             if done % (spec.save_every or max(1, plan.steps // 10)) == 0 or done == plan.steps:
                 if not all(bool(p.isfinite().all()) for p in raw_model.parameters()):  # never over good ones
                     raise not_finite(done, "the weights", checkpoint.newest(run))
@@ -176,6 +177,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 if accelerator.is_main_process:
                     held_out.evaluate(done, run / "previews" / f"step-{done:08d}.png")
                 accelerator.wait_for_everyone()
+            clock.leave_out(reported)
 
     # --------------------------------------------------------------------------------------------- finish
     rows: list[Row] = []

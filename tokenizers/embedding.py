@@ -50,3 +50,7 @@ class Embedding(Tokenizer):
     def decode(self, output: Tensor) -> Tensor:
         """Return the most likely ids (B, N, 1) of scores (B, N, K)."""
         return output.argmax(-1, keepdim=True)
+
+    def tied_weight(self) -> Tensor:
+        """Return the rows of real ids (K, D)."""
+        return self.table.weight[: self.signal.classes]

@@ -1,0 +1,123 @@
+"""How the tokens of a view become states: embedded, placed, and passed through the transformer that reads them.
+
+Letters: B batch, N content tokens of a modality, S visible slots of a modality, D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+from m3.backbone import Backbone
+from m3.errors import M3Error
+from m3.partners import swapped
+from m3.plugins import Tokenizer, View
+from m3.positions import Rotary
+from m3.types import HIDDEN, Encoded, MaskPlan, Tokens, take
+
+
+class Encoder(PreTrainedModel):
+    """The encoding half of the network; `m3.network.Network` builds its parts.
+
+    Attributes:
+        tokenizers: modality -> what embeds its tokens.
+        positions: modality -> embedding of their places.
+        modality_embeddings: modality -> (1, D), where its tower has them.
+        mask_tokens: modality -> (1, D), where some view replaces hidden tokens.
+        towers: name -> transformer of its own for some modalities.
+        backbone: the shared transformer; None: no objective has a view.
+        tower_of: modality -> name of its tower, empty for the backbone.
+    """
+
+    tokenizers: nn.ModuleDict
+    positions: nn.ModuleDict
+    modality_embeddings: nn.ParameterDict
+    mask_tokens: nn.ParameterDict
+    towers: nn.ModuleDict
+    backbone: Backbone | None
+    tower_of: dict[str, str]
+
+    def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
+        """Embed and encode the visible tokens of one view, and only those."""
+        tower = self._tower(tuple(plan.visible))
+        if plan.partners is not None:
+            tokens = swapped(tokens, plan.partners)
+        slots, angles = {}, {}
+        for name, index in plan.visible.items():
+            x = self._embed(name, take(tokens[name].values, index), plan.shown.get(name))
+            place = self.positions[name]
+            if isinstance(place, Rotary):
+                table = place.angles(tokens[name].positions, tower.head_width)
+                angles[name] = take(table, index).expand(len(x), -1, -1)
+            else:
+                x = x + take(place(tokens[name].positions), index)
+            if name in self.modality_embeddings:
+                x = x + self.modality_embeddings[name]
+            slots[name] = x.to(self.dtype)
+        if not angles:
+            return tower(plan.pack(slots), plan, layers)
+        still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
+        return tower(plan.pack(slots), plan, layers, plan.pack(still | angles))
+
+    def _embed(self, name: str, values: Tensor, shown: Tensor | None) -> Tensor:
+        """Embed token values (B, S, P) -> (B, S, D); `shown` (B, S) says where something else stands in for them."""
+        if shown is not None and not values.is_floating_point():
+            values = torch.where((shown >= 0).unsqueeze(-1), shown.unsqueeze(-1), values)
+        x = self._tokenizer(name).embed(values.to(self.dtype) if values.is_floating_point() else values)
+        if shown is not None and name in self.mask_tokens:
+            x = torch.where((shown == HIDDEN).unsqueeze(-1), self.mask_tokens[name].to(x.dtype), x)
+        return x
+
+    def _tower(self, names: tuple[str, ...]) -> Backbone:
+        """Return the tower that reads these modalities."""
+        found = dict.fromkeys(self.tower_of[name] for name in names)
+        if len(found) > 1:
+            raise M3Error(f"{', '.join(names)} are read by different towers and can't be encoded together; use one.")
+        tower = self.towers[next(iter(found))] if any(found) else self.backbone
+        if tower is None:
+            raise M3Error("the model has no backbone, since none of its objectives has a view; use `M3Tokenizer`.")
+        return tower  # type: ignore[return-value]  # ModuleDict forgets the class of its values
+
+    def _check_view(self, view: View) -> None:
+        """Raise M3Error for a view that no tower can encode."""
+        towers = dict.fromkeys(self.tower_of[name] or "backbone" for name in view.modalities)
+        if len(towers) > 1:
+            raise M3Error(
+                f"{', '.join(view.modalities)} can't be encoded together, since different towers read them "
+                f"({', '.join(towers)}); put them into one tower."
+            )
+
+    def _freeze(self, towers: set[str]) -> None:
+        """Take frozen towers (empty name: the backbone), with all that leads into them, out of training."""
+        for name in (name for name, tower in self.tower_of.items() if tower in towers):
+            for part in (self.tokenizers, self.positions, self.modality_embeddings, self.mask_tokens):
+                if name in part:
+                    part[name].requires_grad_(False)
+        for tower, part in {"": self.backbone, **dict(self.towers.items())}.items():
+            if tower in towers and part is not None:
+                part.requires_grad_(False)
+
+    def _tokenizer(self, name: str) -> Tokenizer:
+        return self.tokenizers[name]  # type: ignore[return-value]  # ModuleDict forgets the class of its values
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise as MAE does: xavier-uniform matrices, zero biases, N(0, 0.02) tokens and embeddings."""
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+            init.ones_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.02)
+        else:
+            for parameter in module.parameters(recurse=False):
+                if parameter.ndim > 1:
+                    init.normal_(parameter, std=0.02)
+                else:  # learned log-variances start at 0, weight 1
+                    init.zeros_(parameter)
