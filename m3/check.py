@@ -45,6 +45,8 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
         for part in [objective, *objective.get("targets", {}).values()]:
             if "decoder" in part:
                 part["decoder"] = _small_decoder(part["decoder"])
+        if "layers" in objective:
+            objective["layers"] = min(objective["layers"], 2)
         for name, part in objective.get("targets", {}).items():
             _small_target(part.get("target", {}), settings["modalities"], part.get("of") or name, out)
         if "swap" in objective:

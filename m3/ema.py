@@ -1,9 +1,12 @@
-"""An exponential moving average of the weights, kept outside the model."""
+"""An exponential moving average of the weights, kept outside the model: the teacher of objectives that have one."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+from m3.errors import M3Error
+from m3.network import Network
 
 
 class Average:
@@ -14,10 +17,11 @@ class Average:
         self.weights = [p.detach().float().clone() for p in model.parameters()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Take in the model's current weights."""
+    def update(self, model: nn.Module, decay: float | None = None) -> None:
+        """Take in the model's current weights; `decay` None: the one it was made with."""
+        share = 1 - (self.decay if decay is None else decay)
         for own, parameter in zip(self.weights, model.parameters(), strict=True):
-            own.lerp_(parameter.detach().float(), 1 - self.decay)
+            own.lerp_(parameter.detach().float(), share)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
@@ -27,6 +31,10 @@ class Average:
             parameter.copy_(own)
             own.copy_(kept)
 
+    def named(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return name of a parameter -> its average, the tensors themselves."""
+        return dict(zip((name for name, _ in model.named_parameters()), self.weights, strict=True))
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the average for a checkpoint."""
         return {str(i): weight for i, weight in enumerate(self.weights)}
@@ -35,3 +43,19 @@ class Average:
         """Take an average from a checkpoint."""
         for i, weight in enumerate(self.weights):
             weight.copy_(state[str(i)])
+
+
+def teacher_of(model: Network, average: Average | None) -> dict[str, Tensor] | None:
+    """Return the weights of the model's teacher, which are the average's own tensors; None: it has none.
+
+    Raises:
+        M3Error: an objective learns from an average, and the run keeps none.
+    """
+    if not model.has_teacher:
+        return None
+    if average is None:
+        raise M3Error(
+            "an objective learns from a moving average of the model, but the run keeps none; set train.ema, e.g. "
+            "{start: 0.996, end: 1.0}."
+        )
+    return average.named(model)

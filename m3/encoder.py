@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
@@ -16,6 +17,17 @@ from m3.partners import swapped
 from m3.plugins import Tokenizer, View
 from m3.positions import Rotary
 from m3.types import HIDDEN, Encoded, MaskPlan, Tokens, take
+
+
+class _Encode(nn.Module):
+    """`Encoder.encode_tokens` as a module, so that it can be called with other weights."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...]) -> Encoded:
+        return self.encoder.encode_tokens(tokens, plan, layers)
 
 
 class Encoder(PreTrainedModel):
@@ -29,6 +41,8 @@ class Encoder(PreTrainedModel):
         towers: name -> transformer of its own for some modalities.
         backbone: the shared transformer; None: no objective has a view.
         tower_of: modality -> name of its tower, empty for the backbone.
+        teacher: name of a parameter -> its moving average, kept by the trainer; neither trained nor saved with the
+            model. None: the parameters themselves.
     """
 
     tokenizers: nn.ModuleDict
@@ -38,6 +52,17 @@ class Encoder(PreTrainedModel):
     towers: nn.ModuleDict
     backbone: Backbone | None
     tower_of: dict[str, str]
+    teacher: dict[str, Tensor] | None = None
+
+    def encode_view(self, view: View, tokens: dict[str, Tokens], plan: MaskPlan) -> Encoded:
+        """Encode a view, by the model itself or by its teacher."""
+        if not view.is_teacher:
+            return self.encode_tokens(tokens, plan, view.layers)
+        with torch.no_grad():
+            if self.teacher is None:  # nothing has moved yet
+                return self.encode_tokens(tokens, plan, view.layers)
+            weights = {f"encoder.{name}": weight for name, weight in self.teacher.items()}
+            return functional_call(_Encode(self), weights, (tokens, plan, view.layers))
 
     def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
         """Embed and encode the visible tokens of one view, and only those."""

@@ -96,6 +96,62 @@ class SelfDecoder(nn.Module):
         return self.output(self.norm(last(x, mask, keep=index + count)))
 
 
+class ContextDecoder(nn.Module):
+    """I-JEPA's predictor (Assran et al. 2023, section 3): blocks over the visible tokens and one mask token for each
+    asked-for place, which see no other hidden place. Reads one modality.
+    """
+
+    class Spec(SelfDecoder.Spec):
+        """Settings of `type: context_decoder`; those of `self_decoder`."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        backbone: BackboneSpec,
+        tokenizers: dict[str, Tokenizer],
+        inputs: tuple[str, ...],
+        modality: str,
+        outputs: int,
+    ) -> None:
+        super().__init__()
+        if inputs != (modality,):
+            raise M3Error(
+                f"decoder `context_decoder` reads one modality, but the objective sees {', '.join(inputs)} and "
+                f"predicts {modality}; use `cross_decoder`."
+            )
+        self.modality = modality
+        self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
+        self.embed = Linear(backbone.width, spec.width)
+        self.mask_token = nn.Parameter(torch.empty(1, spec.width))
+        self.blocks = nn.ModuleList(
+            [
+                Block(spec.width, spec.heads, backbone.mlp_ratio, backbone.norm_eps, backbone.style)
+                for _ in range(spec.depth)
+            ]
+        )
+        self.norm = nn.LayerNorm(spec.width, eps=backbone.norm_eps)
+        self.output = Linear(spec.width, outputs)
+
+    def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
+        """Predict the tokens at index (B, T) -> (B, T, P)."""
+        own, count = tokens[self.modality], encoded.prefix_count
+        places = self.positions(own.positions).to(self.mask_token.dtype)
+        x = self.embed(encoded.sequence)
+        seen = x[:, count:] + take(places, encoded.plan.packed_index())
+        asked = (self.mask_token + take(places, index)).expand(len(x), -1, -1)
+        x = torch.cat([x[:, :count].to(seen.dtype), seen, asked], dim=1)
+        mask = None
+        if encoded.is_valid is not None:
+            there = torch.ones_like(index, dtype=torch.bool) if own.is_valid is None else take(own.is_valid, index)
+            mask = key_mask(torch.cat([encoded.is_valid, there], dim=1))
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x, mask)
+        first = x.shape[1] - index.shape[1]
+        keep = torch.arange(first, x.shape[1], device=x.device).expand(len(x), -1)
+        return self.output(self.norm(last(x, mask, keep=keep)))
+
+
 class CrossDecoder(nn.Module):
     """MultiMAE's decoder of one modality (Bachmann et al. 2022, section 3.3).
 

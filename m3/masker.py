@@ -29,7 +29,10 @@ MASKED, RANDOM = 0.8, 0.9
 
 
 class Masker:
-    """The masking of one view: `masking: {type: ..., hidden: drop | replace | mix}`."""
+    """The masking of one view: `masking: {type: ..., hidden: drop | replace | mix, branch: ...}`.
+
+    Views that differ in `branch` alone have different masks of the same kind (data2vec 2.0's several per sample).
+    """
 
     def __init__(self, view: View, classes: dict[str, int]) -> None:
         """Make the masking that a view asks for and check it against the view's modalities.
@@ -43,6 +46,7 @@ class Masker:
         if hidden not in get_args(Hidden):
             raise M3Error(f"masking.hidden: `{hidden}` is not known.{nearest(str(hidden), get_args(Hidden))}")
         self.hidden: Hidden = hidden
+        self.branch = str(settings.pop("branch", ""))
         self.classes = classes
         self.budget = settings.get("visible")
         self.select = masking.build(view._replace(masking=json.dumps(settings, sort_keys=True)))
@@ -54,6 +58,7 @@ class Masker:
 
     def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> MaskPlan:
         """Choose visible and target tokens, and what is shown of the hidden ones."""
+        draws = replace(draws, branch=self.branch)
         return self._show(self.select(tokens, draws), tokens, draws)
 
     def explicit(

@@ -217,6 +217,11 @@ class Network(Encoder):
         return any(isinstance(objective, Coupled) for objective in self._objectives().values())
 
     @property
+    def has_teacher(self) -> bool:
+        """True when an objective learns from a moving average of the model."""
+        return any(view.is_teacher for view in self.views)
+
+    @property
     def part_names(self) -> list[str]:
         """Names of all parts of the loss, in the order in which `forward` returns them."""
         return [f"{name}/{part}" for name, objective in self._objectives().items() for part in objective.part_names]
@@ -238,14 +243,15 @@ class Network(Encoder):
         encoded = self._encode_views(prepared, dict.fromkeys(view for o in objectives.values() for view in o.views))
         if is_only_rows:
             return M3Output(rows={n: o.rows(encoded, tokens) for n, o in objectives.items() if isinstance(o, Coupled)})
-        parts = {}
+        parts, watched = {}, {}
         for name, objective in objectives.items():
             if isinstance(objective, Coupled):
                 loss = objective(encoded, tokens, (pools or {}).get(name))
             else:
                 loss = objective(encoded, tokens)
             parts |= {f"{name}/{part}": value for part, value in loss.parts.items()}
-        loss = Loss(parts)
+            watched |= {f"{name}/{key}": value for key, value in loss.watched.items()}
+        loss = Loss(parts, watched)
         return M3Output(loss=loss.total(), parts=loss)
 
     def _encode_views(self, prepared: Prepared, views: Iterable[View]) -> dict[View, Encoded]:
@@ -256,16 +262,16 @@ class Network(Encoder):
             if swap and swap.by != "random":
                 waiting.append((view, swap))
             else:
-                encoded[view] = self.encode_tokens(prepared.tokens, prepared.plans[view])
+                encoded[view] = self.encode_view(view, prepared.tokens, prepared.plans[view])
         for view, swap in waiting:
             assert prepared.draws is not None, "a view with mismatches by similarity needs the draws of `prepare`"
             with torch.no_grad():
                 for needed in self._needed(view):  # of an objective that does not take part in this step
                     if needed not in encoded:
-                        encoded[needed] = self.encode_tokens(prepared.tokens, prepared.plans[needed])
+                        encoded[needed] = self.encode_view(needed, prepared.tokens, prepared.plans[needed])
                 similarity = self.objectives[swap.by].similarity(encoded, swap.of)  # type: ignore[operator]
             plan = self._plan(view, prepared.tokens, prepared.draws, similarity)
-            encoded[view] = self.encode_tokens(prepared.tokens, plan)
+            encoded[view] = self.encode_view(view, prepared.tokens, plan)
         return encoded
 
     def _needed(self, view: View) -> tuple[View, ...]:

@@ -241,11 +241,15 @@ class View(NamedTuple):
         modalities: names, in the order in which their tokens are joined.
         masking: the settings of the selection, as canonical JSON so that views can be compared.
         swap: the settings of `m3.partners.Swap` as JSON where some samples borrow a modality from another; else empty.
+        layers: numbers of blocks whose outputs are kept in `Encoded.layers`.
+        is_teacher: encoded by the moving average of the model that `train.ema` keeps, without gradient.
     """
 
     modalities: tuple[str, ...]
     masking: str
     swap: str = ""
+    layers: tuple[int, ...] = ()
+    is_teacher: bool = False
 
 
 class Objective(nn.Module, ABC):

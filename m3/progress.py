@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import Tensor
 from transformers.utils import logging
 
 from m3.errors import M3Error
@@ -78,6 +79,12 @@ class Clock:
         line["skipped"] = skipped
         self.restart(step)
         return line
+
+
+def means(names: list[str], sums: Tensor, counts: Tensor) -> dict[str, float]:
+    """Return the mean of every part in which anything counted."""
+    known = zip(names, (sums / counts.clamp(min=1)).tolist(), counts.tolist(), strict=True)
+    return {name: value for name, value, count in known if count}
 
 
 def are_finite(values: dict[str, float]) -> bool:

@@ -51,10 +51,12 @@ class Draws:
     Attributes:
         keys: (B,) int64, different for every sample and every use of it.
         seed: the run's seed.
+        branch: draws of another branch are independent of these.
     """
 
     keys: Tensor
     seed: int = 0
+    branch: str = ""
 
     def uniform(self, stream: str, n: int) -> Tensor:
         """Return (B, n) float32, independent and uniform in [0, 1), 24 bits each, on the device of `keys`."""
@@ -66,6 +68,6 @@ class Draws:
         return (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()
 
     def _bits(self, stream: str, n: int) -> Tensor:
-        base = _mix(self.keys * _signed(_GOLDEN) + _signed(stream_number(stream) ^ (self.seed * _MIX_2)))
+        base = _mix(self.keys * _signed(_GOLDEN) + _signed(stream_number(self.branch + stream) ^ (self.seed * _MIX_2)))
         column = torch.arange(1, n + 1, device=self.keys.device) * _signed(_GOLDEN)
         return _mix(_mix(base.unsqueeze(1) + column.unsqueeze(0)))

@@ -107,6 +107,22 @@ class DataSpec(Strict):
         return self
 
 
+class Momentum(Strict):
+    """How slowly an average follows: average <- m average + (1 - m) weights, m moving from `start` to `end`.
+
+    Attributes:
+        start: m of the first step.
+        end: m once it has arrived; 1 stands still.
+        steps: that it takes; null: all of the run.
+        curve: `linear` (I-JEPA, data2vec) or half a `cosine`.
+    """
+
+    start: float = Field(gt=0, lt=1)
+    end: float = Field(gt=0, le=1)
+    steps: PositiveInt | None = None
+    curve: Literal["linear", "cosine"] = "linear"
+
+
 class TrainSpec(Strict):
     """The `train` section.
 
@@ -122,6 +138,7 @@ class TrainSpec(Strict):
         warmup: linear warm-up from 0, in the unit of the run's length (steps or epochs).
         milestones: when the learning rate falls to a tenth, in the same unit, instead of a cosine (SimMIM).
         weight_decay: AdamW's.
+        weight_decay_end: where half a cosine takes it over the run (I-JEPA); null: it stays.
         decay: `matrices`: no decay of biases and other 1-D parameters (MAE); `all` (MultiMAE).
         betas: AdamW's.
         eps: AdamW's.
@@ -131,7 +148,8 @@ class TrainSpec(Strict):
         precision: `bf16`, `fp32`, or `auto`: bf16 where the device computes it natively.
         threads: CPU threads per process, on a run without GPU; null: the cores shared out among the processes.
         compile: run the network through torch.compile.
-        ema: decay per step of an averaged copy of the weights; null: none.
+        ema: momentum of an averaged copy of the weights: one number, or a `Momentum`; null: none. It is saved beside
+            the model as `model_ema` and is the teacher of objectives that learn from one (`latent`).
         log_every: steps between two lines of metrics.
         save_every: steps between two checkpoints; null: ten in a run.
         keep: checkpoints that are kept.
@@ -149,6 +167,7 @@ class TrainSpec(Strict):
     warmup: NonNegativeFloat = 0.0
     milestones: tuple[PositiveFloat, ...] = ()
     weight_decay: NonNegativeFloat = 0.05
+    weight_decay_end: PositiveFloat | None = None
     decay: Literal["matrices", "all"] = "matrices"
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
@@ -157,11 +176,17 @@ class TrainSpec(Strict):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: PositiveInt | None = None
     compile: bool = False
-    ema: float | None = Field(default=None, gt=0, lt=1)
+    ema: Momentum | None = None
     log_every: PositiveInt = 10
     save_every: PositiveInt | None = None
     keep: PositiveInt = 2
     trackers: tuple[str, ...] = ("tensorboard",)
+
+    @field_validator("ema", mode="before")
+    @classmethod
+    def _constant(cls, ema: Any) -> Any:
+        """One number stands for a momentum that stays."""
+        return {"start": ema, "end": ema} if isinstance(ema, int | float) else ema
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainSpec:

@@ -11,7 +11,7 @@ from torch import nn
 
 from m3.errors import M3Error, nearest
 from m3.random import stream_number
-from m3.recipe import TrainSpec
+from m3.recipe import Momentum, TrainSpec
 
 
 class Plan(NamedTuple):
@@ -80,7 +80,27 @@ def learning_rate(step: int, plan: Plan) -> float:
     progress = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
     if plan.schedule == "linear":
         return plan.lr + (plan.min_lr - plan.lr) * progress
-    return plan.min_lr + (plan.lr - plan.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+    return half_cosine(progress, plan.lr, plan.min_lr)
+
+
+def weight_decay(step: int, spec: TrainSpec, steps: int) -> float:
+    """Return the weight decay of a step: constant, or half a cosine to `weight_decay_end` over the run."""
+    if spec.weight_decay_end is None:
+        return spec.weight_decay
+    return half_cosine(step / steps, spec.weight_decay, spec.weight_decay_end)
+
+
+def momentum(step: int, spec: Momentum, steps: int) -> float:
+    """Return the momentum of the averaged weights after a step, the first of which is 0."""
+    progress = min(1.0, step / (spec.steps or steps))
+    if spec.curve == "cosine":
+        return half_cosine(progress, spec.start, spec.end)
+    return spec.start + (spec.end - spec.start) * progress
+
+
+def half_cosine(progress: float, start: float, end: float) -> float:
+    """Return the value on the way from `start` (progress 0) to `end` (progress 1)."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:

@@ -28,7 +28,7 @@ from m3.data.loader import Order, Samples, buckets_of, train_loader
 from m3.data.source import Source, Split, describe_coverage
 from m3.data.source import open_source as open_data
 from m3.data.stream import Place, StreamOrder, load_place
-from m3.ema import Average
+from m3.ema import Average, teacher_of
 from m3.errors import M3Error, nearest
 from m3.evaluate.task import Row, build_tasks
 from m3.held_out import HeldOut
@@ -36,13 +36,14 @@ from m3.initialise import load_weights
 from m3.machine import cores, use_bf16
 from m3.memory import compiled, keep_freed_memory
 from m3.model import M3Model
+from m3.monitors import Watch
 from m3.network import Prepared, resolved
 from m3.plugins import Pool
 from m3.processes import concatenate, gather
 from m3.processor import M3Processor
-from m3.progress import Clock, Skipped, append, are_finite, cut, no_progress_bars, not_finite
+from m3.progress import Clock, Skipped, append, are_finite, cut, means, no_progress_bars, not_finite
 from m3.recipe import Recipe, dump_recipe
-from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, plan_run
+from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, momentum, plan_run, weight_decay
 from m3.show import count_parameters
 from m3.types import Loss
 
@@ -108,7 +109,8 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     plan = plan_run(spec, length and length * recipe.data.repeats, world)  # an epoch is all samples in all their crops
     optimizer = make_optimizer(raw_model, spec)
     model, optimizer = accelerator.prepare(raw_model, optimizer)
-    average = Average(raw_model, spec.ema) if spec.ema else None
+    average = Average(raw_model, spec.ema.start) if spec.ema else None
+    raw_model.teacher = teacher_of(raw_model, average)
     network: Any = compiled(model) if spec.compile else model
     describe(console, recipe, raw_model, plan, accelerator)
     console.print(describe_coverage(source), highlight=False, soft_wrap=True)
@@ -129,7 +131,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
         place = load_place(checkpoint.folder_of(run, start), rank, world) if start else Place()
         order = StreamOrder(source.stream, order, place)
     batches = iter(train_loader(samples, order, recipe.data.workers))
-    clock = Clock(start, spec.batch_size)
+    clock, watch = Clock(start, spec.batch_size), Watch(console, plan.warmup)
 
     # ---------------------------------------------------------------------------------------- train loop
     network.train()
@@ -144,13 +146,14 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
 
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, plan)
-            names, sums, counts = gradients(accelerator, raw_model, network, prepared)
+                group["weight_decay"] = weight_decay(step, spec, plan.steps) if group["weight_decay"] else 0.0
+            names, sums, counts, watched = gradients(accelerator, raw_model, network, prepared)
             norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
             optimizer.step()
             optimizer.zero_grad()
             raw_model.after_step()
-            if average:
-                average.update(raw_model)
+            if average and spec.ema:
+                average.update(raw_model, momentum(step, spec.ema, plan.steps))
             bar.update()
 
             # -------------------------------------------------------------------- report, save, evaluate
@@ -158,11 +161,10 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             if step == start:
                 clock.restart(done)
             if done % spec.log_every == 0 or done == plan.steps:
-                total = add_over_processes(accelerator, sums) / counts.clamp(min=1)
-                known = zip(names, total.tolist(), counts.tolist(), strict=True)
-                values = {name: value for name, value, count in known if count}
+                values = means(names, add_over_processes(accelerator, sums), counts)
                 if not are_finite(values):
                     raise not_finite(done, f"the losses {values}", checkpoint.newest(run))
+                values |= watch(watched, done)
                 line = clock.line(done, values, learning_rate(step, plan), float(norm), len(skipped.messages))
                 accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
                 bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
@@ -206,7 +208,7 @@ def check_trackers(names: tuple[str, ...]) -> None:
 
 def gradients(
     accelerator: Accelerator, model: M3Model, network: nn.Module, prepared: list[Prepared]
-) -> tuple[list[str], Tensor, Tensor]:
+) -> tuple[list[str], Tensor, Tensor, dict[str, Tensor]]:
     """Run forward and backward over the micro-batches of one step on this process.
 
     Every part of the loss is divided by its count over all micro-batches of all processes, known before the
@@ -219,7 +221,8 @@ def gradients(
         prepared: this process's micro-batches.
 
     Returns:
-        The names of the parts, the sum of each on this process, and its count on all processes.
+        The names of the parts, the sum of each on this process, its count on all processes, and the features of the
+        last micro-batch that are watched.
     """
     each = [model.counts(micro) for micro in prepared]
     names = list(each[0])
@@ -227,16 +230,17 @@ def gradients(
     total = add_over_processes(accelerator, own)
     counts = dict(zip(names, total, strict=True))
     pools = step_pools(accelerator, network, prepared) if model.is_coupled and len(prepared) > 1 else None
-    sums = torch.zeros_like(total)
+    sums, watched = torch.zeros_like(total), {}
     for turn, micro in enumerate(prepared):
         is_last = turn == len(prepared) - 1
         with nullcontext() if is_last else accelerator.no_sync(network):
             with accelerator.autocast():
-                parts: Loss = network(micro, pools[turn] if pools else None).parts
+                loss: Loss = network(micro, pools[turn] if pools else None).parts
             # Gradients are averaged over processes; the loss is a sum over them.
-            accelerator.backward(parts.total(counts) * accelerator.num_processes)
-        sums += torch.stack([parts.parts[name].sum.detach().float() for name in names])
-    return names, sums, total
+            accelerator.backward(loss.total(counts) * accelerator.num_processes)
+        sums += torch.stack([loss.parts[name].sum.detach().float() for name in names])
+        watched = loss.watched
+    return names, sums, total, watched
 
 
 @torch.no_grad()

@@ -245,9 +245,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Loss:
-    """Named parts of a loss; its value is the weighted sum over parts of sum / count."""
+    """Named parts of a loss; its value is the weighted sum over parts of sum / count.
+
+    Attributes:
+        parts: name -> summand.
+        watched: name -> (rows, D) features without gradient, whose spread the trainer logs: they must not all become
+            the same (collapse).
+    """
 
     parts: dict[str, Part]
+    watched: dict[str, Tensor] = field(default_factory=dict)
 
     def total(self, counts: dict[str, Tensor] | None = None) -> Tensor:
         """Return () the loss with each part divided by `counts` (global counts), or by its own count."""

@@ -51,7 +51,7 @@ class Autoencode(Predictor):
         self.spec = spec
         check_modality("of", spec.of, tokenizers)
         tokenizer = tokenizers[spec.of]
-        check_loss(spec.of, spec.loss, tokenizer, tokenizer.signal.classes)
+        check_loss(spec.of, spec.loss, tokenizer)
         self._tokenizers = tokenizers  # a plain dict: their parameters belong to the model
         coder, settings = build_spec("coders", spec.coder, "autoencode.coder")
         self.coder: Coder = coder(settings, backbone, tokenizer)
