@@ -120,6 +120,7 @@ class TrainSpec(Strict):
         min_lr: where the schedule ends, scaled like `lr`.
         schedule: of the learning rate after the warm-up: half a `cosine` or `linear` down to `min_lr`, or `constant`.
         warmup: linear warm-up from 0, in the unit of the run's length (steps or epochs).
+        milestones: when the learning rate falls to a tenth, in the same unit, instead of a cosine (SimMIM).
         weight_decay: AdamW's.
         decay: `matrices`: no decay of biases and other 1-D parameters (MAE); `all` (MultiMAE).
         betas: AdamW's.
@@ -146,6 +147,7 @@ class TrainSpec(Strict):
     min_lr: NonNegativeFloat = 0.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: NonNegativeFloat = 0.0
+    milestones: tuple[PositiveFloat, ...] = ()
     weight_decay: NonNegativeFloat = 0.05
     decay: Literal["matrices", "all"] = "matrices"
     betas: tuple[Decay, Decay] = (0.9, 0.95)

@@ -129,7 +129,8 @@ class MaskPlan:
 
     Attributes:
         visible: modality -> (B, S) int64, ascending: tokens that are embedded, an index into the modality's N.
-        target: modality -> (B, T) int64, ascending: tokens that are predicted, an index into the modality's N.
+        target: modality -> (B, T) int64, ascending: tokens that are predicted, an index into the modality's N. With
+            several blocks of targets: ascending within each.
         is_target: modality -> (B, T) bool; a modality that is not listed has all its T targets.
         order: (B, V) int64, where in the concatenation of all visible slots each encoder token lies;
             None when the encoder takes all slots as they stand.
@@ -137,6 +138,8 @@ class MaskPlan:
         shown: modality -> (B, S) int64, what the slots show where hidden tokens are replaced instead of dropped:
             OWN, HIDDEN, or k >= 0, class id k. A modality that is not listed shows its own content everywhere.
         partners: who lends whom a modality; None: every sample has its own.
+        blocks: modality -> K: the T targets are K blocks of the same size, one behind the other; they may overlap, and
+            an objective may predict each by itself. A modality that is not listed has one.
     """
 
     visible: dict[str, Tensor]
@@ -146,6 +149,7 @@ class MaskPlan:
     is_valid: Tensor | None = None
     shown: dict[str, Tensor] = field(default_factory=dict)
     partners: Partners | None = None
+    blocks: dict[str, int] = field(default_factory=dict)
 
     def pack(self, slots: dict[str, Tensor]) -> Tensor:
         """Bring per-modality slots into encoder order: modality -> (B, S, *rest) to (B, V, *rest)."""
