@@ -18,6 +18,7 @@ from m3.types import Batch
 
 BASELINES = {
     "neighbours": "neighbours: mean of the visible patches around a hidden one",
+    "nearest": "nearest: the visible token nearest to a hidden one, in space and time, once more",
     "constant": "constant: the training mean, median or most frequent class",
     "average_map": "average map: the training mean, median or most frequent class of each place",
     "patch_mean": "patch mean: the hidden patch's own mean",
