@@ -75,4 +75,6 @@ def check(recipe: Recipe) -> None:
 
 
 def _small_decoder(decoder: dict[str, Any]) -> dict[str, Any]:
+    if "same_as" in decoder:
+        return decoder
     return {**decoder, "width": 16, "depth": 1, "heads": 2}

@@ -61,6 +61,9 @@ class SelfDecoder(nn.Module):
         embed_bias: bool = True
         queries: Literal["all", "asked"] = "all"
 
+    reads_any = True
+    """It can predict another modality of the same tokenizer, where a target has `decoder: {same_as: ...}`."""
+
     def __init__(
         self,
         spec: Spec,

@@ -127,7 +127,7 @@ def _draw_values(
         size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
     known = tokens.is_valid if is_known is None else is_known
     spread = None if known is None else model.spread(name, known, tokens, size)[sample]
-    signal = model.tokenizers[name].detokenize(values, tokens.positions, size)  # type: ignore[operator]
+    signal = model.detokenize(name, values, tokens, size)
     return modality.show(signal[sample], spread)
 
 

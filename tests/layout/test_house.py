@@ -46,7 +46,7 @@ ORDER = (
     },
     {"data.world", "data.video", "data.sound", "data.words"},
     {"backbone", "masking", "modalities", "tokenizers"},
-    {"heads", "coders", "recipe", "masker", "partners"},
+    {"heads", "coders", "recipe", "masker", "partners", "sharing"},
     {"objectives", "data.source", "data.augment", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
     {"data.sources", "data.pack", "data.check", "data.loader", "data.stream", "network", "progress"},
     {"model"},

@@ -131,7 +131,7 @@ class Predict(Task):
         size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
 
         def signal(values: Tensor) -> Tensor:
-            return model.tokenizers[name].detokenize(values, tokens.positions, size)  # type: ignore[operator]
+            return model.detokenize(name, values, tokens, size)
 
         truth, weight = signal(tokens.values), model.spread(name, is_asked, tokens, size)
         return modality.score(result.predicted[task.target], truth, weight), modality.score(
