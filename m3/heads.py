@@ -6,6 +6,8 @@ tokens, D width of the encoder, d width of the decoder, P numbers predicted per 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
@@ -35,7 +37,9 @@ def restore_index(plan: MaskPlan, modality: str, count: int) -> Tensor:
 class SelfDecoder(nn.Module):
     """MAE's decoder (He et al. 2021, section 3): blocks over the full set of visible and mask tokens.
 
-    Reads one modality. The prefix tokens are part of the sequence; only asked-for positions are predicted.
+    Reads one modality. The prefix tokens are part of the sequence; only asked-for positions are predicted. Attention
+    knows no order, so VideoMAE's decoder, which appends the mask tokens to the visible ones instead of putting them
+    between, is this one with `embed_bias: false` and no class token.
     """
 
     class Spec(Strict):
@@ -45,11 +49,20 @@ class SelfDecoder(nn.Module):
             width: d.
             depth: number of blocks.
             heads: attention heads; divides `width`.
+            embed_bias: bias of the layer that brings the encoder's states to `width` (VideoMAE: no).
+            queries: `all`: the sequence holds all N tokens, each hidden one as a mask token (MAE, VideoMAE); `asked`:
+                the visible tokens, and a mask token for each one that is asked for (VideoMAE V2; for a masking with
+                `decode`).
         """
 
         width: PositiveInt = 512
         depth: PositiveInt = 8
         heads: PositiveInt = 16
+        embed_bias: bool = True
+        queries: Literal["all", "asked"] = "all"
+
+    reads_any = True
+    """It can predict another modality of the same tokenizer, where a target has `decoder: {same_as: ...}`."""
 
     def __init__(
         self,
@@ -66,9 +79,9 @@ class SelfDecoder(nn.Module):
                 f"decoder `self_decoder` reads one modality, but the objective sees {', '.join(inputs)} and predicts "
                 f"{modality}; use `cross_decoder`."
             )
-        self.modality = modality
+        self.spec, self.modality = spec, modality
         self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
-        self.embed = Linear(backbone.width, spec.width)
+        self.embed = Linear(backbone.width, spec.width, bias=spec.embed_bias)
         self.mask_token = nn.Parameter(torch.empty(1, spec.width))
         self.blocks = nn.ModuleList(
             [
@@ -81,19 +94,40 @@ class SelfDecoder(nn.Module):
 
     def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict the tokens at index (B, T) -> (B, T, P)."""
-        own, count = tokens[self.modality], encoded.prefix_count
-        x = self.embed(encoded.sequence)
+        name = next(iter(encoded.plan.visible), self.modality)  # another one's where the decoder is shared
+        sequence = self._asked if self.spec.queries == "asked" else self._all
+        x, mask, keep = sequence(encoded, tokens[name], name, index)
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x, mask)
+        return self.output(self.norm(last(x, mask, keep=keep)))
+
+    def _all(self, encoded: Encoded, own: Tokens, name: str, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Return the sequence (B, R + N, d), the mask of its keys, and where in it the asked-for tokens are."""
+        x, count = self.embed(encoded.sequence), encoded.prefix_count
         rows = torch.cat([x[:, count:], self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
-        full = take(rows, restore_index(encoded.plan, self.modality, own.count))
+        full = take(rows, restore_index(encoded.plan, name, own.count))
         full = full + self.positions(own.positions).to(self.mask_token.dtype)
         x = torch.cat([x[:, :count].to(full.dtype), full], dim=1)
         mask = None
         if own.is_valid is not None:
             mask = key_mask(torch.cat([own.is_valid.new_ones(len(x), count), own.is_valid], dim=1))
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, mask)
-        return self.output(self.norm(last(x, mask, keep=index + count)))
+        return x, mask, index + count
+
+    def _asked(self, encoded: Encoded, own: Tokens, name: str, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `_all`, with a sequence (B, R + V + T, d)."""
+        x, count = self.embed(encoded.sequence), encoded.prefix_count
+        place = self.positions(own.positions).to(self.mask_token.dtype)
+        seen = x[:, count:] + take(place, encoded.plan.packed_index())
+        asked = self.mask_token + take(place, index)
+        x = torch.cat([x[:, :count].to(seen.dtype), seen, asked], dim=1)
+        mask = None
+        if own.is_valid is not None or encoded.is_valid is not None:
+            known = encoded.sequence.new_ones(encoded.sequence.shape[:2], dtype=torch.bool)
+            asked_for = known.new_ones(index.shape) if own.is_valid is None else take(own.is_valid, index)
+            mask = key_mask(torch.cat([known if encoded.is_valid is None else encoded.is_valid, asked_for], dim=1))
+        keep = torch.arange(x.shape[1] - index.shape[1], x.shape[1], device=x.device)
+        return x, mask, keep.expand(len(x), -1)
 
 
 class CrossDecoder(nn.Module):

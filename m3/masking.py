@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from m3.errors import M3Error, nearest
 from m3.parts import build_spec
 from m3.plugins import Strict, View
-from m3.random import Draws
+from m3.random import Draws, log_gamma_variates, stream_number
 from m3.types import MaskPlan, Tokens, take
 
 Amount = NonNegativeInt | Annotated[float, Field(gt=0, le=1)]
@@ -33,6 +34,18 @@ def amount(visible: float, count: int) -> int:
     if isinstance(visible, int):
         return min(visible, count)
     return max(1, math.floor(visible * count + 1e-9))
+
+
+class Decode(Strict):
+    """The part of the tokens that a decoder predicts, of those that the encoder sees too.
+
+    Attributes:
+        share: of all tokens, rounded down.
+        scorer: what ranks the tokens; those with low scores are decoded.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    scorer: dict = Field(default={"type": "running_cell"})
 
 
 class Selection(Protocol):
@@ -62,15 +75,19 @@ class Fixed:
             whole: tokens that only make sense together (the pieces of a word) are seen or hidden together; a
                 sample sees fewer tokens than the budget where the next group does not fit.
             scorer: what ranks the tokens.
+            decode: ask for a part of the tokens only (VideoMAE V2's dual masking); no loss asks for those among them
+                that the encoder sees. null: ask for all hidden tokens.
         """
 
         visible: Amount | dict[str, Amount] = 0.25
         whole: bool = False
         scorer: dict = Field(default={"type": "uniform"})
+        decode: Decode | None = None
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.scorer = _scorer(spec.scorer)
+        self.decoded = _scorer(spec.decode.scorer) if spec.decode else None
 
     def check(self, names: tuple[str, ...]) -> None:
         """Raise M3Error when a budget names a modality that is not there or leaves one out."""
@@ -88,7 +105,12 @@ class Fixed:
             group = part.group if self.spec.whole else None
             is_visible[name] = _rank(scores[name], part.is_valid, group) < quota
         is_ragged = self.spec.whole and any(part.group is not None for part in tokens.values())
-        return assemble(tokens, is_visible, slots, sum(slots.values()), is_ragged)
+        plan = assemble(tokens, is_visible, slots, sum(slots.values()), is_ragged)
+        if self.spec.decode is None or self.decoded is None:
+            return plan
+        # Noise of its own: under the same, a decoder would be asked for what the encoder sees.
+        scores = self.decoded(tokens, Draws(draws.keys, stream_number(f"decode/{draws.seed}")))
+        return thinned(plan, tokens, is_visible, scores, self.spec.decode.share)
 
 
 class Dirichlet:
@@ -172,27 +194,6 @@ class Dirichlet:
             takes_part = _random_subset(takes_part, draws)
         logs = log_gamma_variates(torch.tensor(alphas, device=device), draws)
         return logs.masked_fill(~takes_part, -1e9).softmax(1)
-
-
-def log_gamma_variates(alpha: Tensor, draws: Draws, tries: int = 12) -> Tensor:
-    """Return (B, M) logarithms of Gamma(alpha, 1) variates, alpha (M,) > 0, from the batch's own draws.
-
-    Marsaglia and Tsang (2000) for alpha + 1, then log g(alpha) = log g(alpha + 1) + log(u) / alpha, which
-    does not underflow at small alpha. A try is accepted with probability > 0.95, so twelve tries leave a
-    chance below 1e-15 to fall back on the mode; that keeps the shape fixed and the host out of it.
-    """
-    batch, count = len(draws.keys), len(alpha)
-    d = alpha + 1 - 1 / 3
-    u = draws.uniform("gamma", count * (3 * tries + 1)).reshape(batch, count, -1).clamp(min=2.0**-25)
-    u1, u2, u3 = u[..., :tries], u[..., tries : 2 * tries], u[..., 2 * tries : 3 * tries]
-    normal = (-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()
-    v = (1 + normal / (3 * d.sqrt()).unsqueeze(-1)) ** 3
-    log_v = v.clamp(min=1e-30).log()
-    bound = 0.5 * normal**2 + d.unsqueeze(-1) * (1 - v + log_v)
-    is_accepted = (v > 0) & (u3.log() < bound)
-    first = is_accepted.to(torch.uint8).argmax(-1, keepdim=True)
-    chosen = torch.where(is_accepted.any(-1), log_v.gather(-1, first).squeeze(-1), torch.zeros_like(d))
-    return d.log() + chosen + u[..., -1].log() / alpha
 
 
 def build(view: View) -> Selection:
@@ -301,6 +302,22 @@ def assemble(
     filled = torch.cat(list(is_filled.values()), dim=1)
     order = torch.argsort(~filled, dim=1, stable=True)[:, :length]
     return MaskPlan(visible, target, is_target, order, None if all_valid else take(filled, order))
+
+
+def thinned(
+    plan: MaskPlan, tokens: dict[str, Tokens], is_visible: dict[str, Tensor], scores: dict[str, Tensor], share: float
+) -> MaskPlan:
+    """Ask for a share of all tokens only, those with the lowest scores; of these, hidden ones are targets.
+
+    So every sample is asked for equally many, whatever its mask (Wang et al. 2023, equations 2 and 3).
+    """
+    target, is_target = {}, {}
+    for name, part in tokens.items():
+        is_asked = _existing(_rank(scores[name], part.is_valid) < _valid_quota(share, part), part)
+        order = torch.argsort(~is_asked, dim=1, stable=True)
+        target[name] = order[:, : amount(share, part.count)]
+        is_target[name] = take(is_asked & ~is_visible[name], target[name])
+    return replace(plan, target=target, is_target=is_target)
 
 
 def _existing(mask: Tensor, part: Tokens) -> Tensor:

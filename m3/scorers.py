@@ -244,3 +244,74 @@ class Span:
         index = torch.arange(1, u.shape[1] + 1, device=u.device)
         in_a_row = index - (index * ~says_leave).cummax(dim=1).values
         return (in_a_row % 2 == 1)[:, 1:]
+
+
+class Tube:
+    """Hides the same places at all times: noise shared along time (VideoMAE, Tong et al. 2022, section 3.3).
+
+    A place is all coordinates but the first. The tokens of a place lie next to one another in the order of the scores,
+    so a budget that is a multiple of the time slots cuts no tube; another one cuts one. Tokens over fewer than three
+    axes (images, text) are no recording of places and get uniform noise.
+    """
+
+    class Spec(Strict):
+        """Noise shared along time has no settings."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores."""
+        scores = {}
+        for name, part in tokens.items():
+            noise = draws.uniform(f"score/{name}", part.count)
+            if part.positions.shape[-1] >= 3:
+                # Places of a random order instead of the noise itself: two tubes never have the same score.
+                order = noise.argsort(dim=1, stable=True).argsort(dim=1).float()
+                noise = order.gather(1, _places(part.positions).expand(len(noise), -1))
+            scores[name] = noise
+        return scores
+
+
+class RunningCell:
+    """A pattern in cells of 2 x 2 places that moves on by one place each time slot (VideoMAE V2, Wang et al. 2023).
+
+    The four places of a cell, row by row, are numbered 0 to 3 around a ring that turns by one each slot, from a
+    random start; the score is that number plus noise below 1. So a share of 1/4, 1/2 or 3/4 takes the same pattern in
+    every cell, and over four slots every place equally often; other shares, and grids of odd size, are levelled at
+    random. Tokens over other than three axes get uniform noise.
+    """
+
+    class Spec(Strict):
+        """The pattern has no settings."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores."""
+        scores = {}
+        for name, part in tokens.items():
+            noise = draws.uniform(f"score/{name}", part.count)
+            if part.positions.shape[-1] == 3:
+                slot, row, column = (_numbered(part.positions[..., axis]) for axis in range(3))
+                start = (draws.uniform(f"start/{name}", 1) * 4).long()
+                noise = noise + (2 * (row % 2) + column % 2 + slot + start) % 4
+            scores[name] = noise
+        return scores
+
+
+def _places(positions: Tensor) -> Tensor:
+    """Return (1 or B, N) int64 in [0, N): equal for tokens at positions (1 or B, N, A) that differ in time alone."""
+    count = positions.shape[1]
+    place = torch.zeros(positions.shape[:2], dtype=torch.long, device=positions.device)
+    for axis in range(1, positions.shape[-1]):
+        place = _numbered(place * count + _numbered(positions[..., axis]))
+    return place
+
+
+def _numbered(x: Tensor) -> Tensor:
+    """Number the different values of each row of (B, N) in ascending order from 0 -> (B, N) int64."""
+    values, order = x.sort(dim=1)
+    is_new = torch.cat([torch.zeros_like(order[:, :1]), (values.diff(dim=1) != 0).long()], dim=1)
+    return torch.zeros_like(order).scatter(1, order, is_new.cumsum(1))

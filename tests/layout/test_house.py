@@ -47,7 +47,7 @@ ORDER = (
     },
     {"data.world", "data.video", "data.sound", "data.words"},
     {"backbone", "masking", "modalities", "tokenizers"},
-    {"heads", "coders", "recipe", "masker", "partners", "pooling", "target_blocks"},
+    {"heads", "coders", "recipe", "masker", "partners", "pooling", "sharing", "target_blocks"},
     {"objectives", "data.source", "data.augment", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
     {"data.sources", "data.pack", "data.check", "data.loader", "data.stream", "network", "progress"},
     {"model"},
