@@ -19,6 +19,7 @@ from m3.linear import Linear, linear
 from m3.plugins import Strict, Tokenizer
 from m3.positions import additive
 from m3.types import Encoded, MaskPlan, Tokens, take
+from m3.windows import WindowBlock, Windows, cut_windows
 
 
 def restore_index(plan: MaskPlan, modality: str, count: int) -> Tensor:
@@ -278,3 +279,78 @@ class Tied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., P)."""
         return linear(x, self.embedding[0].tied_weight(), self.bias)
+
+
+class WindowDecoder(nn.Module):
+    """AudioMAE's decoder (Huang et al. 2022, section 3): attention within windows of the grid of all tokens.
+
+    Sound is local in time and frequency, unlike what a patch of a picture shows. Every second block has its windows
+    shifted. Reads one modality on a grid of two axes, without the encoder's prefix tokens, which are nowhere.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: window_decoder`.
+
+        Attributes:
+            width: d.
+            depth: number of blocks.
+            heads: attention heads; divides `width`.
+            window: tokens of a window along both axes of the grid (time, frequency).
+            shift: of the windows in every second block, along both axes.
+        """
+
+        width: PositiveInt = 512
+        depth: PositiveInt = 16
+        heads: PositiveInt = 16
+        window: tuple[PositiveInt, PositiveInt] = (4, 4)
+        shift: tuple[NonNegativeInt, NonNegativeInt] = (2, 0)
+
+    def __init__(
+        self,
+        spec: Spec,
+        backbone: BackboneSpec,
+        tokenizers: dict[str, Tokenizer],
+        inputs: tuple[str, ...],
+        modality: str,
+        outputs: int,
+    ) -> None:
+        super().__init__()
+        if inputs != (modality,):
+            raise M3Error(
+                f"decoder `window_decoder` reads one modality, but the objective sees {', '.join(inputs)} and predicts "
+                f"{modality}; use `cross_decoder`."
+            )
+        if tokenizers[modality].axes != 2:
+            raise M3Error(
+                f"decoder `window_decoder` reads tokens on a grid of two axes, but those of {modality} have "
+                f"{tokenizers[modality].axes}; use `self_decoder`."
+            )
+        self.spec, self.modality, eps = spec, modality, backbone.norm_eps
+        self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
+        self.embed = Linear(backbone.width, spec.width)
+        self.mask_token = nn.Parameter(torch.empty(1, spec.width))
+        self.blocks = nn.ModuleList(
+            [WindowBlock(spec.width, spec.heads, spec.window, backbone.mlp_ratio, eps) for _ in range(spec.depth)]
+        )
+        self.norm = nn.LayerNorm(spec.width, eps=eps)
+        self.output = Linear(spec.width, outputs)
+
+    def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
+        """Predict the tokens at index (B, T) -> (B, T, P)."""
+        own = tokens[self.modality]
+        x = self.embed(encoded.states)
+        rows = torch.cat([x, self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
+        x = take(rows, restore_index(encoded.plan, self.modality, own.count))
+        x = x + self.positions(own.positions).to(self.mask_token.dtype)
+        layouts = [self._windows(own, shift) for shift in ((0, 0), self.spec.shift)]
+        for number, block in enumerate(self.blocks):
+            x = block(x, layouts[number % 2])
+        return self.output(self.norm(take(x, index)))
+
+    def _windows(self, own: Tokens, shift: tuple[int, int]) -> Windows:
+        if own.counts is None or len(own.counts) != 2:
+            raise M3Error(
+                f"decoder `window_decoder` needs tokens that fill a grid, and the tokenizer of {self.modality} doesn't "
+                f"say that its tokens do; use `self_decoder`."
+            )
+        return cut_windows((own.counts[0], own.counts[1]), self.spec.window, shift, own.is_valid, own.values.device)

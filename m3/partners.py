@@ -78,7 +78,7 @@ def swapped(tokens: dict[str, Tokens], partners: Partners) -> dict[str, Tokens]:
     positions = own.positions if len(own.positions) == 1 else own.positions[index]
     is_valid = None if own.is_valid is None else own.is_valid[index]
     group = None if own.group is None else own.group[index]
-    return {**tokens, partners.of: Tokens(own.values[index], positions, is_valid, group)}
+    return {**tokens, partners.of: Tokens(own.values[index], positions, is_valid, group, own.counts)}
 
 
 def _there(part: Tokens, batch: int, device: torch.device) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from m3.errors import M3Error
 from m3.plugins import Strict
 from m3.random import Draws
-from m3.types import Tokens
+from m3.types import Tokens, take
 
 
 class Uniform:
@@ -315,3 +315,71 @@ def _numbered(x: Tensor) -> Tensor:
     values, order = x.sort(dim=1)
     is_new = torch.cat([torch.zeros_like(order[:, :1]), (values.diff(dim=1) != 0).long()], dim=1)
     return torch.zeros_like(order).scatter(1, order, is_new.cumsum(1))
+
+
+class TimeFrequency:
+    """Hides whole steps of time and whole bands of frequency, as SpecAugment does and AudioMAE's fine-tuning.
+
+    Both axes of a grid are put in random order, and the visible tokens are those of the first steps and first bands.
+    They are exactly whole steps and bands where the budget is floor(T (1 - time)) * floor(F (1 - frequency)); another
+    one takes more or fewer of both, in the same proportion, and cuts the last. Tokens that fill no grid of two axes
+    get uniform noise.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: time_frequency`.
+
+        Attributes:
+            time: share of the steps along the first axis that is hidden.
+            frequency: share of the bands along the second.
+        """
+
+        time: float = Field(default=0.2, ge=0, lt=1)
+        frequency: float = Field(default=0.2, ge=0, lt=1)
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores."""
+        return {
+            name: self._bars(name, part, (part.counts[0], part.counts[1]), draws)
+            if part.counts is not None and len(part.counts) == 2
+            else draws.uniform(f"score/{name}", part.count)
+            for name, part in tokens.items()
+        }
+
+    def _bars(self, name: str, part: Tokens, counts: tuple[int, int], draws: Draws) -> Tensor:
+        """Score a token by the place of its step or of its band in their random orders, whichever is later."""
+        is_there = torch.ones_like(part.values[..., 0], dtype=torch.bool) if part.is_valid is None else part.is_valid
+        is_there = is_there.view(-1, *counts)
+        step = self._places(draws.uniform(f"time/{name}", counts[0]), is_there.any(2)) / (1 - self.spec.time)
+        band = self._places(draws.uniform(f"band/{name}", counts[1]), is_there.any(1)) / (1 - self.spec.frequency)
+        return torch.maximum(step.unsqueeze(2), band.unsqueeze(1)).flatten(1)
+
+    def _places(self, noise: Tensor, is_there: Tensor) -> Tensor:
+        """Return (B, n) the place of each in random order, as a share of those that exist; the last has 1."""
+        order = noise.masked_fill(~is_there, 1.0).argsort(dim=1, stable=True)
+        place = order.argsort(dim=1) + 1
+        return place / is_there.sum(1, keepdim=True).clamp(min=1)
+
+
+class Nearest:
+    """Hides the tokens nearest to one that is drawn at random, itself included: Point-MAE's block masking."""
+
+    class Spec(Strict):
+        """Settings of `type: nearest`; it has none."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores: minus the distance, in the units of the positions."""
+        return {name: self._distances(name, part, draws) for name, part in tokens.items()}
+
+    def _distances(self, name: str, part: Tokens, draws: Draws) -> Tensor:
+        is_there = torch.ones_like(part.values[..., 0], dtype=torch.bool) if part.is_valid is None else part.is_valid
+        number = (draws.uniform(f"centre/{name}", 1) * is_there.sum(1, keepdim=True)).floor()
+        centre = (is_there.cumsum(1) > number).int().argmax(1, keepdim=True)  # the token that exists of this number
+        place = part.positions.expand(len(is_there), -1, -1)
+        return -(place - take(place, centre)).square().sum(-1).sqrt()

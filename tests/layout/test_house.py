@@ -46,7 +46,7 @@ ORDER = (
         "value_tokens",
     },
     {"data.world", "data.video", "data.sound", "data.words"},
-    {"backbone", "masking", "modalities", "tokenizers"},
+    {"backbone", "windows", "masking", "modalities", "tokenizers"},
     {"heads", "coders", "recipe", "masker", "partners", "pooling", "sharing", "target_blocks"},
     {"objectives", "data.source", "data.augment", "data.manifest", "data.shards", "schedule", "checkpoint", "ema"},
     {"data.sources", "data.pack", "data.check", "data.loader", "data.stream", "network", "progress"},
