@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from m3 import masking
 from m3.config import M3Config
@@ -229,3 +230,87 @@ def test_dual_masking_in_micro_batches_is_that_of_the_whole_batch(is_uneven: boo
     for other in found[1:]:
         for one, two in zip(found[0], other, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-7)
+
+
+# -- transformers ---------------------------------------------------------------------------------------------
+
+
+def build_published() -> VideoMAEForPreTraining:
+    config = VideoMAEConfig(
+        image_size=4 * PATCH,
+        patch_size=PATCH,
+        num_frames=T * FRAMES,
+        tubelet_size=FRAMES,
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        intermediate_size=4 * WIDTH,
+        decoder_hidden_size=DECODER_WIDTH,
+        decoder_num_hidden_layers=DECODER_DEPTH,
+        decoder_num_attention_heads=DECODER_HEADS,
+        decoder_intermediate_size=4 * DECODER_WIDTH,
+        layer_norm_eps=1e-6,
+        use_mean_pooling=False,
+        norm_pix_loss=True,
+    )
+    theirs = VideoMAEForPreTraining(config).double().eval()
+    theirs.decoder.norm.eps = 1e-6  # the original's; theirs forgets to set it
+    generator = torch.Generator().manual_seed(17)
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            is_scale = "norm" in name and name.endswith("weight")
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * p.shape[-1] ** -0.5 + is_scale)
+    return theirs
+
+
+def copy_block(state: dict[str, Tensor], theirs: torch.nn.Module, name: str) -> None:
+    own = theirs.state_dict()
+    parts = [own[f"attention.attention.{x}.weight"] for x in ("query", "key", "value")]
+    query, value = (own[f"attention.attention.{x}.bias"] for x in ("query", "value"))
+    state[f"{name}.attention.qkv.weight"] = torch.cat(parts)
+    state[f"{name}.attention.qkv.bias"] = torch.cat([query, torch.zeros_like(query), value])
+    for kind in ("weight", "bias"):
+        state[f"{name}.attention.projection.{kind}"] = own[f"attention.output.dense.{kind}"]
+        state[f"{name}.norm1.{kind}"] = own[f"layernorm_before.{kind}"]
+        state[f"{name}.norm2.{kind}"] = own[f"layernorm_after.{kind}"]
+        state[f"{name}.mlp.fc1.{kind}"] = own[f"intermediate.dense.{kind}"]
+        state[f"{name}.mlp.fc2.{kind}"] = own[f"output.dense.{kind}"]
+
+
+def copied_state(theirs: VideoMAEForPreTraining) -> dict[str, Tensor]:
+    vit, decoder = theirs.videomae, theirs.decoder
+    projection = vit.embeddings.patch_embeddings.projection
+    # They predict (frame, row, column, channel), M3 (channel, frame, row, column).
+    values = FRAMES * PATCH * PATCH
+    order = torch.arange(values * 3).reshape(values, 3).t().flatten()
+    state = {
+        "tokenizers.video.projection.weight": projection.weight.flatten(1),
+        "tokenizers.video.projection.bias": projection.bias,
+        f"{DECODER}.mask_token": theirs.mask_token[0],
+        f"{DECODER}.embed.weight": theirs.encoder_to_decoder.weight,
+        f"{DECODER}.output.weight": decoder.head.weight[order],
+        f"{DECODER}.output.bias": decoder.head.bias[order],
+    }
+    for kind in ("weight", "bias"):
+        state[f"backbone.norm.{kind}"] = getattr(vit.layernorm, kind)
+        state[f"{DECODER}.norm.{kind}"] = getattr(decoder.norm, kind)
+    for number, block in enumerate(vit.encoder.layer):
+        copy_block(state, block, f"backbone.blocks.{number}")
+    for number, block in enumerate(decoder.decoder_layers):
+        copy_block(state, block, f"{DECODER}.blocks.{number}")
+    return state
+
+
+def test_loss_equals_that_of_transformers():
+    """Theirs fixes the positions in float32, and undoes the normalisation of its input."""
+    theirs, ours, batch = build_published(), build_model(VIDEOMAE), make_batch(3)
+    ours.load_state_dict(copied_state(theirs))
+    (plan,) = ours.prepare(batch).plans.values()
+    tokens = in_double(ours.tokenise(batch), batch)
+    is_hidden = torch.ones(3, COUNT, dtype=torch.bool).scatter(1, plan.visible["video"], False)
+    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None, None] for x in (MEAN, STD))
+    pixels = ((batch.signals["video"].double() / 255 - mean) / std).transpose(1, 2)
+    with torch.no_grad():
+        expected = theirs(pixels, bool_masked_pos=is_hidden).loss
+        found = ours(Prepared(tokens, dict.fromkeys(ours.views, plan))).loss
+    torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
