@@ -54,13 +54,14 @@ class Masker:
         self, tokens: dict[str, Tokens], visible: float | Mapping[str, float | Tensor], draws: Draws
     ) -> MaskPlan:
         """Make a plan from what the encoder shall see, for inference; `visible` as in `M3Model.reconstruct`."""
-        return self._show(
-            masking.explicit(tokens, masking.masks(tokens, visible, draws)), tokens, draws, is_mixed=False
-        )
+        plan = self.select.explicit(tokens, masking.masks(tokens, visible, draws))
+        return self._show(plan, tokens, draws, is_mixed=False)
 
     def _show(self, plan: MaskPlan, tokens: dict[str, Tokens], draws: Draws, is_mixed: bool = True) -> MaskPlan:
         if self.hidden == "drop":
             return plan
+        if plan.asked:
+            raise M3Error(f"masking.hidden: `{self.hidden}` can't show runs of {', '.join(plan.asked)}; use `drop`.")
         all_of_it = masking.everything(tokens)
         shown = {}
         for name, index in all_of_it.visible.items():

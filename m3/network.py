@@ -23,7 +23,7 @@ from m3.masker import Masker
 from m3.partners import Swap, draw_partners, swapped
 from m3.parts import build_spec
 from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
-from m3.positions import Rotary, build_positions
+from m3.positions import Marks, Rotary, build_positions
 from m3.random import Draws
 from m3.types import HIDDEN, Batch, Encoded, Loss, MaskPlan, Tokens, take
 
@@ -141,6 +141,9 @@ class Network(PreTrainedModel):
                 self.towers[tower] = Backbone(towers[tower])
             else:
                 self.backbone = Backbone(spec)
+        self.marks = Marks(self.positions, self.modality_embeddings)
+        for objective in objectives.values():
+            objective.marks = self.marks
         self.objectives = nn.ModuleDict(objectives)
         self.post_init()
         self._freeze({name for name, tower in towers.items() if tower.frozen})
@@ -279,12 +282,8 @@ class Network(PreTrainedModel):
             place = self.positions[name]
             if isinstance(place, Rotary):
                 table = place.angles(tokens[name].positions, tower.head_width)
-                angles[name] = take(table, index).expand(len(x), -1, -1)
-            else:
-                x = x + take(place(tokens[name].positions), index)
-            if name in self.modality_embeddings:
-                x = x + self.modality_embeddings[name]
-            slots[name] = x.to(self.dtype)
+                angles[name] = take(table, plan.place.get(name, index)).expand(len(x), -1, -1)
+            slots[name] = (x + self.marks.of(name, tokens[name], plan)).to(self.dtype)
         if not angles:
             return tower(plan.pack(slots), plan, layers)
         still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}

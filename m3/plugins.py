@@ -37,6 +37,7 @@ class Signal(NamedTuple):
         classes: number of classes, 0 for values.
         has_gaps: some positions may be unknown: NaN in values, -1 in class ids. No loss asks for them.
         channel_axis: of a batch of values: 1, or -1 for lists of points.
+        sentinels: how many of the classes, the last ones, stand for hidden spans; they make it a sequence.
     """
 
     kind: Literal["values", "classes"]
@@ -45,6 +46,7 @@ class Signal(NamedTuple):
     classes: int = 0
     has_gaps: bool = False
     channel_axis: int = 1
+    sentinels: int = 0
 
     def extent(self, signal: Tensor) -> tuple[int, ...]:
         """Return the size along the position axes of a batch (B, ...) of normalised signals."""
@@ -289,6 +291,9 @@ class Objective(nn.Module, ABC):
 
     part_names: tuple[str, ...]
     """Names of the parts of the loss, in the order in which `forward` returns them."""
+
+    marks: Any = None
+    """The `m3.positions.Marks` that the network adds to tokens; set by the model, which owns them."""
 
     @abstractmethod
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:

@@ -152,6 +152,11 @@ class Reconstruct(Predictor):
         modality = self.modality_of[name]
         if modality not in tokens:
             raise M3Error(f"the batch has no `{modality}`, which target `{name}` needs; add it to the data.")
+        if modality in plan.asked:
+            raise M3Error(
+                f"the masking asks for `{modality}` as a sequence with sentinels, which this objective can't predict; "
+                f"use `type: translate`, or remove its `sentinels`."
+            )
         if modality in plan.target:
             return plan.target[modality], plan.is_target.get(modality)
         part = tokens[modality]
