@@ -110,7 +110,8 @@ def test_a_sentence_is_put_together_again_from_what_is_seen_and_what_is_asked():
                 list(hidden.values())[-1].append(token)
             else:
                 hidden[sentinel] = []
-        assert list(hidden) == list(SENTINELS[: len(hidden)]) and not list(hidden.values())[-1], "it is closed"
+        assert list(hidden) == list(SENTINELS[: len(hidden)])
+        assert list(hidden.values())[-1] == [], "it is closed"
         sentence = []
         for _, token, shown in seen:
             sentence += [token] if shown == OWN else hidden.pop(shown)
@@ -122,9 +123,9 @@ def test_a_sentence_is_put_together_again_from_what_is_seen_and_what_is_asked():
 
 def test_quotas_follow_the_dirichlet_distribution():
     """Means alpha / sum, variances p (1 - p) / (sum + 1); nothing is clamped, so the budgets are used up."""
-    batch, alphas = 20000, {"a": 0.5, "b": 1.5, "c": 3.0}
-    values = torch.zeros(batch, 300, 1)
-    tokens = {name: Tokens(values, torch.zeros(1, 300, 2)) for name in alphas}
+    batch, alphas = 5000, {"a": 0.5, "b": 1.5, "c": 3.0}
+    values = torch.zeros(batch, 150, 1)
+    tokens = {name: Tokens(values, torch.zeros(1, 150, 2)) for name in alphas}
     view = View(tuple(tokens), json.dumps({"type": "budget", "visible": 100, "targets": 50, "mixture": [
         {"inputs": alphas, "targets": {"a": 1.0, "b": 1.0, "c": 1.0}}]}))  # fmt: skip
     plan = masking.build(view)(tokens, Draws(torch.arange(batch)))
@@ -135,11 +136,11 @@ def test_quotas_follow_the_dirichlet_distribution():
         share = (plan.packed_modality() == number).double().mean(1)
         p, variance = alpha / 5, alpha / 5 * (1 - alpha / 5) / 6
         assert share.mean().item() == pytest.approx(p, abs=4 * (variance / batch) ** 0.5 + 0.005)
-        assert share.var().item() == pytest.approx(variance, rel=0.05)
+        assert share.var().item() == pytest.approx(variance, rel=0.1)
     for name in tokens:
         share = plan.asks(name).double().sum(1) / 50
-        assert share.mean().item() == pytest.approx(1 / 3, abs=0.01)
-        assert share.var().item() == pytest.approx(1 / 18, rel=0.05)
+        assert share.mean().item() == pytest.approx(1 / 3, abs=0.02)
+        assert share.var().item() == pytest.approx(1 / 18, rel=0.1)
 
 
 def test_components_are_drawn_by_weight_and_budgets_uniformly():
