@@ -42,7 +42,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q: queries.
         k: keys.
         v: values.
-        mask: (B, 1, 1 or N, C) bool, True for keys that take part; None: all do.
+        mask: (B or 1, 1, 1 or N, C) bool, True for keys that take part; None: all do.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= LONGEST:
         return _Products.apply(q, k, v, mask)
@@ -114,7 +114,7 @@ class SelfAttention(nn.Module):
 
         Args:
             x: the tokens.
-            mask: (B, 1, 1 or N, N) bool, True for keys that take part.
+            mask: (B or 1, 1, 1 or N, N) bool, True for keys that take part.
             keep: (B, T) int64, tokens whose result is wanted; only these become queries -> (B, T, D).
             turn: cosines and sines (B, 1, N, E / 2) of rotary positions; not together with `keep`.
         """

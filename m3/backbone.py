@@ -1,4 +1,4 @@
-"""The shared transformer: a plain pre-norm ViT over whatever tokens it is given.
+"""The shared transformer: a plain ViT over whatever tokens it is given.
 
 Class and register tokens are added and removed here and nowhere else.
 Letters: B batch, V visible tokens, R prefix tokens, D width.
@@ -7,6 +7,7 @@ Letters: B batch, V visible tokens, R prefix tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -37,20 +38,27 @@ SIZES = {
 }
 
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+
+
 class Style(NamedTuple):
     """What transformer blocks are made of.
 
     Attributes:
-        mlp: `gelu`: Linear, GELU (erf), Linear; `swiglu`: a gated one of two thirds of the hidden width (Shazeer 2020).
+        mlp: `gelu`: Linear, GELU (erf), Linear; `gelu_tanh`: its approximation by tanh, JAX's default (FLIP, SigLIP);
+            `quick_gelu`: x * sigmoid(1.702 x) (OpenAI's CLIP); `swiglu`: a gated one of two thirds of the hidden width
+            (Shazeer 2020).
         bias: biases in all linear layers and norms.
         qk_norm: LayerNorm of queries and keys, per head.
         layer_scale: start of a learned factor per channel on each branch; None: no factor.
+        norm: LayerNorm before each branch (`pre`), or after its sum with the residual (`post`; BERT).
     """
 
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp: Activation = "gelu"
     bias: bool = True
     qk_norm: bool = False
     layer_scale: float | None = None
+    norm: Literal["pre", "post"] = "pre"
 
 
 PLAIN = Style()
@@ -67,15 +75,20 @@ class BackboneSpec(Strict):
         class_tokens: learned tokens in front that every modality can write to (MAE's class token,
             MultiMAE's global token).
         final_norm: LayerNorm after the last block (MAE: yes, MultiMAE: no).
+        input_norm: LayerNorm of the embedded tokens, class tokens included, before the first block (BERT; CLIP's
+            `ln_pre` of images).
+        causal: every token attends to those before it only (CLIP's text); goes with class_tokens: 0.
+        frozen: leave its weights, and those that lead into it, as they are (Zhai et al. 2021, LiT).
         norm_eps: LayerNorm's epsilon.
         axis_order: which axis the first sin-cos channels encode: `xy`, the last axis first (MAE), or `yx`,
             the axes in order (MultiMAE).
         modality_embedding: add a learned vector per modality to its tokens (MultiMAE: no, the projections'
             biases do it).
-        mlp: `gelu` or `swiglu`; as the following ones also of the decoders, see `Style`.
+        mlp: `gelu`, `gelu_tanh`, `quick_gelu` or `swiglu`; as the following ones also of the decoders, see `Style`.
         bias: biases in linear layers and norms.
         qk_norm: LayerNorm of queries and keys.
         layer_scale: start of a learned factor per channel on each branch; null: none.
+        norm: `pre`, or `post` as in BERT; a post-norm transformer has no `final_norm`.
     """
 
     width: PositiveInt = 768
@@ -84,23 +97,33 @@ class BackboneSpec(Strict):
     mlp_ratio: PositiveFloat = 4.0
     class_tokens: NonNegativeInt = 1
     final_norm: bool = True
+    input_norm: bool = False
+    causal: bool = False
+    frozen: bool = False
     norm_eps: PositiveFloat = 1e-6
     axis_order: Literal["xy", "yx"] = "xy"
     modality_embedding: bool = False
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp: Activation = "gelu"
     bias: bool = True
     qk_norm: bool = False
     layer_scale: PositiveFloat | None = None
+    norm: Literal["pre", "post"] = "pre"
 
     @property
     def style(self) -> Style:
         """What the blocks are made of."""
-        return Style(self.mlp, self.bias, self.qk_norm, self.layer_scale)
+        return Style(self.mlp, self.bias, self.qk_norm, self.layer_scale, self.norm)
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> BackboneSpec:
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not divisible by heads {self.heads}; change one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _class_tokens_see_something(self) -> BackboneSpec:
+        if self.causal and self.class_tokens:
+            raise ValueError("class tokens stand in front, where a causal tower sees nothing; set class_tokens: 0")
         return self
 
 
@@ -109,20 +132,26 @@ class TowerSpec(BackboneSpec):
 
     Attributes:
         modalities: those that it reads.
-        frozen: leave its weights as they are (Zhai et al. 2021, LiT).
     """
 
     modalities: tuple[str, ...] = Field(min_length=1)
-    frozen: bool = False
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), an approximation of GELU (Hendrycks and Gimpel 2016, section 2)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        return x * torch.sigmoid(1.702 * x)
 
 
 class MLP(nn.Module):
-    """Linear, GELU (erf), Linear."""
+    """Linear, activation (GELU by erf), Linear."""
 
-    def __init__(self, width: int, hidden: int, bias: bool = True) -> None:
+    def __init__(self, width: int, hidden: int, bias: bool = True, activation: nn.Module | None = None) -> None:
         super().__init__()
         self.fc1 = Linear(width, hidden, bias=bias)
-        self.activation = nn.GELU()
+        self.activation = activation or nn.GELU()
         self.fc2 = Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,10 +175,11 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)); post-norm: norm(x + attention(x)), ..."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float, style: Style = PLAIN) -> None:
         super().__init__()
+        self.is_post_norm = style.norm == "post"
         self.norm1 = nn.LayerNorm(width, eps=eps, bias=style.bias)
         self.attention = SelfAttention(width, heads, style.bias, eps if style.qk_norm else None)
         self.norm2 = nn.LayerNorm(width, eps=eps, bias=style.bias)
@@ -169,16 +199,19 @@ class Block(nn.Module):
 
         Args:
             x: the tokens.
-            mask: (B, 1, 1, N) bool, True for keys that take part.
+            mask: (B or 1, 1, 1 or N, N) bool, True for keys that take part.
             keep: (B, T) int64, tokens whose result is wanted -> (B, T, D); the others are still attended to.
             turn: cosines and sines (B, 1, N, E / 2) of rotary positions.
         """
-        attended = self.attention(self.norm1(x), mask, keep, turn)
+        attended = self.attention(x if self.is_post_norm else self.norm1(x), mask, keep, turn)
         if self.scale1 is not None:
             attended = self.scale1(attended)
         x = (x if keep is None else take(x, keep)) + attended
-        changed = self.mlp(self.norm2(x))
-        return x + (changed if self.scale2 is None else self.scale2(changed))
+        if self.is_post_norm:
+            x = self.norm1(x)
+        changed = self.mlp(x if self.is_post_norm else self.norm2(x))
+        x = x + (changed if self.scale2 is None else self.scale2(changed))
+        return self.norm2(x) if self.is_post_norm else x
 
 
 class Scale(nn.Module):
@@ -196,11 +229,15 @@ class Scale(nn.Module):
 
 def feed_forward(width: int, ratio: float, style: Style) -> MLP | SwiGLU:
     """Make the part of a block that works on each token by itself."""
-    return (SwiGLU if style.mlp == "swiglu" else MLP)(width, int(width * ratio), style.bias)
+    hidden = int(width * ratio)
+    if style.mlp == "swiglu":
+        return SwiGLU(width, hidden, style.bias)
+    kinds = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, approximate="tanh"), "quick_gelu": QuickGELU}
+    return MLP(width, hidden, style.bias, kinds[style.mlp]())
 
 
 class Backbone(nn.Module):
-    """Prefix tokens, blocks, final norm."""
+    """Prefix tokens, norm before, blocks, final norm."""
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
@@ -208,6 +245,7 @@ class Backbone(nn.Module):
         self.head_width = spec.width // spec.heads
         # No batch axis: with two axes the tokens get weight decay, as MAE's (1, 1, D) class token does.
         self.prefix = nn.Parameter(torch.empty(spec.class_tokens, spec.width)) if spec.class_tokens else None
+        self.input_norm = nn.LayerNorm(spec.width, eps=spec.norm_eps, bias=spec.bias) if spec.input_norm else None
         self.blocks = nn.ModuleList(
             [Block(spec.width, spec.heads, spec.mlp_ratio, spec.norm_eps, spec.style) for _ in range(spec.depth)]
         )
@@ -229,7 +267,12 @@ class Backbone(nn.Module):
             x = torch.cat([self.prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
             if is_valid is not None:
                 is_valid = torch.cat([is_valid.new_ones(len(x), count), is_valid], dim=1)
+        if self.input_norm is not None:
+            x = self.input_norm(x)
         mask = key_mask(is_valid)
+        if self.spec.causal:
+            earlier = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
+            mask = earlier[None, None] if mask is None else mask & earlier
         turn = None
         if angles is not None:  # prefix tokens are nowhere: angle 0
             angles = torch.cat([angles.new_zeros(len(x), count, angles.shape[-1]), angles], dim=1).unsqueeze(1)

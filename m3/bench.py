@@ -34,17 +34,27 @@ MATMUL = 2048
 WARM_UP = 2
 
 
-def bench(recipe: Recipe, against: str | None, as_json: bool, steps: int, rounds: int) -> dict[str, Any]:
-    """Measure a recipe, print a table or JSON, and return the figures.
+def bench(
+    recipes: list[Recipe], against: str | None, as_json: bool, steps: int, rounds: int, batch: int | None = None
+) -> dict[str, Any]:
+    """Measure recipes, print a table or JSON, and return the figures.
 
     Args:
-        recipe: its micro-batch, precision and `compile` are used.
+        recipes: the first one, and others that are measured beside it; their micro-batch, precision and `compile` are
+            used.
         against: `transformers`: measure ViTMAEForPreTraining of the same shape in the same run.
         as_json: print JSON instead of a table.
         steps: timed steps of each round; the median counts.
         rounds: how often everybody is measured, in turn, so that a slow minute of the machine hits all.
+        batch: B, the samples of a measured step; None: the recipe's micro-batch, at most 8 on a CPU.
     """
-    peers: dict[str, tuple[Callable[..., dict[str, float]], Recipe]] = {"m3": (_measure_ours, recipe)}
+    recipes = [_with_batch(recipe, batch) for recipe in recipes]
+    recipe, is_alone = recipes[0], len(recipes) == 1
+    peers: dict[str, tuple[Callable[..., dict[str, float]], Recipe]] = {
+        "m3" if is_alone else each.name: (_measure_ours, each) for each in recipes
+    }
+    if len(peers) < len(recipes) or (against and not is_alone):
+        raise M3Error("bench: name each recipe once; --against measures one recipe, without others beside it.")
     if against:
         _check_is_mae(recipe)
         eager = recipe.train.model_copy(update={"compile": False})
@@ -56,9 +66,10 @@ def bench(recipe: Recipe, against: str | None, as_json: bool, steps: int, rounds
         for name, (work, its_recipe) in peers.items():
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 found[name].append(pool.submit(work, its_recipe, steps).result())
-    flops = cost(meta_model(recipe)).train_flops
-    figures = {name: _figures(measured, flops) for name, measured in found.items()}
-    result = {"recipe": recipe.name, **_settings(recipe), "train_flops_per_sample": flops, "peers": figures}
+    flops = {name: cost(meta_model(own)).train_flops for name, (_, own) in peers.items()}
+    figures = {name: _figures(measured, flops[name]) for name, measured in found.items()}
+    result = {"recipe": recipe.name, **_settings(recipe), "train_flops_per_sample": next(iter(flops.values()))}
+    result["peers"] = figures
     if against:
         result["speed_ratio"] = figures["m3"]["samples_per_second"] / figures[against]["samples_per_second"]
     result["data_samples_per_second"] = _data_rate(recipe)
@@ -66,10 +77,17 @@ def bench(recipe: Recipe, against: str | None, as_json: bool, steps: int, rounds
     return result
 
 
-def micro_batch(recipe: Recipe) -> int:
-    """Return B, the samples of a measured step: the recipe's micro-batch, at most 8 on a CPU."""
+def _with_batch(recipe: Recipe, batch: int | None) -> Recipe:
+    """Set B, the samples of a measured step: the given ones, or the recipe's micro-batch, at most 8 on a CPU."""
     count = recipe.train.micro_batch or recipe.train.batch_size
-    return count if torch.cuda.is_available() else min(count, 8)
+    batch = batch or (count if torch.cuda.is_available() else min(count, 8))
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": batch})})
+
+
+def micro_batch(recipe: Recipe) -> int:
+    """Return B, the samples of a measured step, of a recipe that `_with_batch` made."""
+    assert recipe.train.micro_batch is not None, "`_with_batch` sets it"
+    return recipe.train.micro_batch
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -230,12 +248,14 @@ def _print(result: dict[str, Any], against: str | None) -> None:
         f"{result['device']}, {result['threads']} threads, "
         f"{result['train_flops_per_sample'] / 1e9:.2f} GFLOP per sample and step"
     )
+    first = next(iter(result["peers"].values()))
     table = Table()
-    for column in ("", "samples/s", "TFLOP/s", "matmul", "utilisation", "peak MiB"):
+    for column in ("", "samples/s", "TFLOP/s", "matmul", "utilisation", "peak MiB", "speed"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for name, f in result["peers"].items():
         numbers = (f"{f['samples_per_second']:.2f}", f"{f['tflops']:.3f}", f"{f['matmul_tflops']:.3f}")
-        table.add_row(name, *numbers, f"{f['utilisation']:.1%}", f"{f['peak_memory_mib']:.0f}")
+        ratio = f"{f['samples_per_second'] / first['samples_per_second']:.2f}"
+        table.add_row(name, *numbers, f"{f['utilisation']:.1%}", f"{f['peak_memory_mib']:.0f}", ratio)
     console.print(table)
     if against:
         console.print(f"m3 is {result['speed_ratio']:.3f} times as fast as {against} (eager)")

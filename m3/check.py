@@ -13,11 +13,13 @@ from safetensors.torch import load_file
 from m3.checkpoint import newest
 from m3.errors import M3Error
 from m3.model import M3Model
+from m3.parts import find
 from m3.progress import no_progress_bars
 from m3.recipe import Recipe, recipe_from
 from m3.train import train
 
 STEPS = 3
+WIDTH = 32
 SAMPLES = 4
 
 
@@ -34,12 +36,14 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
     settings = recipe.model_dump(mode="json", exclude_none=True)
     settings["out"] = str(out)
     for tower in (settings["backbone"], *settings["towers"].values()):
-        tower |= {"width": 32, "depth": 2, "heads": 2}
+        tower |= {"width": WIDTH, "depth": 2, "heads": 2}
     settings.pop("init", None)
     for objective in settings["objectives"].values():
         for part in [objective, *objective.get("targets", {}).values()]:
             if "decoder" in part:
                 part["decoder"] = _small_decoder(part["decoder"])
+        if "swap" in objective:
+            objective["swap"]["group"] = 2
     if recipe.data.root is None and recipe.data.source in NEED_ROOT:
         settings["data"] = {"source": "world"}
     settings["data"] |= {"samples": 4 * SAMPLES, "held_out": SAMPLES, "workers": 0}
@@ -75,4 +79,7 @@ def check(recipe: Recipe) -> None:
 
 
 def _small_decoder(decoder: dict[str, Any]) -> dict[str, Any]:
-    return {**decoder, "width": 16, "depth": 1, "heads": 2}
+    known = find("decoders", decoder["type"]).Spec.model_fields  # type: ignore[attr-defined]  # every part has one
+    if decoder["type"] == "head":  # as wide as the network, which its weights may be tied to
+        return {**decoder, "hidden": WIDTH} if decoder.get("hidden") else decoder
+    return decoder | {key: value for key, value in {"width": 16, "depth": 1, "heads": 2}.items() if key in known}

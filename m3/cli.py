@@ -46,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
     add("show", _show, "print the resolved recipe, parameters, tokens, FLOPs and memory")
     add("check", _check, "build a recipe tiny, run three steps, save and reload")
-    command = add("bench", _bench, "measure training speed, utilisation and memory; `m3 bench data RECIPE`: reading")
+    text = "measure training speed, utilisation and memory, of further recipes in the same run; `data RECIPE`: reading"
+    command = add("bench", _bench, text)
+    command.add_argument("--batch", type=int, help="samples of a step (default the micro-batch, at most 8 on a CPU)")
     command.add_argument("--samples", type=int, default=512, help="with `data`: samples that are read (default 512)")
     command.add_argument("--against", choices=["transformers"], help="measure this peer in the same run")
     command.add_argument("--json", action="store_true", help="print JSON")
@@ -58,6 +60,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's")
     command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
     command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
+    command = add("table", _table, "print finished runs side by side, in Markdown", recipe=False)
+    command.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+    text = "what runs measured on held-out samples at equal steps and at equal training time"
+    command = add("compare", _compare, text, recipe=False)
+    command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, e.g. runs/clip_tiny")
+    command = add("embed", _embed, "compare files and sentences in a model's shared space", recipe=False)
+    command.add_argument("model", help="folder of a model or of its run, or Hub id")
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help='modality=file, or e.g. text="a red cube"')
+    command.add_argument("--out", default=None, help="NPZ file for the vectors, one array for each side")
+    command.add_argument("--objective", default=None, help="name of the contrastive objective (default: the first)")
     data_commands.add_arguments(commands)
     command = add("tokenize", _tokenize, "turn a data source into shards of code numbers", recipe=False)
     command.add_argument("tokenizer", help="model folder of a run with an `autoencode` objective")
@@ -109,7 +121,16 @@ def _bench(options: argparse.Namespace) -> None:
         recipe = load_recipe(options.overrides[0], options.overrides[1:])
         bench_data(recipe, options.samples, options.rounds, options.json)
         return
-    bench(load_recipe(options.recipe, options.overrides), options.against, options.json, options.steps, options.rounds)
+    others = [word for word in options.overrides if "=" not in word]
+    overrides = [word for word in options.overrides if "=" in word]
+    recipes = [load_recipe(name, overrides) for name in (options.recipe, *others)]
+    bench(recipes, options.against, options.json, options.steps, options.rounds, options.batch)
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from m3.compare import compare
+
+    compare([Path(run) for run in options.runs])
 
 
 def _reconstruct(options: argparse.Namespace) -> None:
@@ -119,11 +140,23 @@ def _reconstruct(options: argparse.Namespace) -> None:
     reconstruct_files(options.model, options.inputs, Path(options.out), visible, options.seed)
 
 
+def _embed(options: argparse.Namespace) -> None:
+    from m3.embed import embed_files
+
+    embed_files(options.model, options.inputs, Path(options.out) if options.out else None, options.objective)
+
+
 def _share(text: str) -> float:
     try:
         return float(text)
     except ValueError as error:
         raise M3Error(f"--visible must be a share such as 0.25, got `{text}`.") from error
+
+
+def _table(options: argparse.Namespace) -> None:
+    from m3.table import print_table
+
+    print_table(options.runs)
 
 
 def _tokenize(options: argparse.Namespace) -> None:

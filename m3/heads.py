@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from m3.attention import CrossAttention, key_mask
 from m3.backbone import MLP, BackboneSpec, Block
 from m3.errors import M3Error
-from m3.linear import Linear
+from m3.linear import Linear, linear
 from m3.plugins import Strict, Tokenizer
 from m3.positions import additive
 from m3.types import Encoded, MaskPlan, Tokens, take
@@ -179,9 +179,12 @@ class Head(nn.Module):
 
         Attributes:
             hidden: width of a layer before the output, with GELU and a norm (BERT); null: none (SimMIM, BEiT).
+            tied: the output's weight is that of the modality's embedding (BERT's words), or its transpose (UNITER's
+                regions); only the bias is its own.
         """
 
         hidden: PositiveInt | None = None
+        tied: bool = False
 
     def __init__(
         self,
@@ -203,10 +206,23 @@ class Head(nn.Module):
         if spec.hidden:
             norm = nn.LayerNorm(width, eps=backbone.norm_eps)
             self.hidden = nn.Sequential(Linear(backbone.width, width), nn.GELU(), norm)
-        self.output = Linear(width, outputs)
+        if not spec.tied:
+            self.output = Linear(width, outputs)
+            return
+        embedding = tokenizers[modality]
+        if embedding.tied_weight().shape != (outputs, width):
+            raise M3Error(
+                f"decoder `head` can't be tied: the embedding of {modality} is {tuple(embedding.tied_weight().shape)}, "
+                f"but the output needs {(outputs, width)}; make `hidden` the tower's width, or remove `tied`."
+            )
+        self.output = Tied(embedding, outputs)
 
     def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict the tokens at index (B, T) -> (B, T, P)."""
+        if self.modality not in encoded.plan.visible:
+            raise M3Error(
+                f"decoder `head` reads the encoder's states of {self.modality}, which the batch lacks; give it."
+            )
         count = tokens[self.modality].count
         if encoded.plan.visible[self.modality].shape[1] < count:
             raise M3Error(
@@ -215,3 +231,16 @@ class Head(nn.Module):
             )
         places = restore_index(encoded.plan, self.modality, count).clamp(max=encoded.states.shape[1] - 1)
         return self.output(self.hidden(take(take(encoded.states, places), index)))
+
+
+class Tied(nn.Module):
+    """A linear layer with the weight of an embedding and a bias of its own."""
+
+    def __init__(self, embedding: Tokenizer, outputs: int) -> None:
+        super().__init__()
+        self.embedding = (embedding,)  # in a tuple, so that its weights belong to the tokenizer alone
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., D) to (..., P)."""
+        return linear(x, self.embedding[0].tied_weight(), self.bias)

@@ -44,7 +44,13 @@ class Masker:
             raise M3Error(f"masking.hidden: `{hidden}` is not known.{nearest(str(hidden), get_args(Hidden))}")
         self.hidden: Hidden = hidden
         self.classes = classes
+        self.budget = settings.get("visible")
         self.select = masking.build(view._replace(masking=json.dumps(settings, sort_keys=True)))
+
+    def hides(self, name: str) -> bool:
+        """Say whether a mask token stands in for hidden tokens of this modality; not where all of it is always seen."""
+        share = self.budget.get(name) if isinstance(self.budget, dict) else self.budget
+        return self.hidden != "drop" and not (isinstance(share, float) and share == 1.0)
 
     def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> MaskPlan:
         """Choose visible and target tokens, and what is shown of the hidden ones."""
@@ -62,11 +68,15 @@ class Masker:
             return plan
         if plan.asked:
             raise M3Error(f"masking.hidden: `{self.hidden}` can't show runs of {', '.join(plan.asked)}; use `drop`.")
+        if not is_mixed:  # what training never hides has no mask token: it is dropped
+            tokens = {
+                n: part if self.hides(n) else _without(part, _hidden(plan, n, part)) for n, part in tokens.items()
+            }
         all_of_it = masking.everything(tokens)
         shown = {}
         for name, index in all_of_it.visible.items():
             is_hidden = _hidden(plan, name, tokens[name])
-            stand_in = torch.full_like(index, HIDDEN)
+            stand_in = torch.full_like(is_hidden, HIDDEN, dtype=torch.long)
             if self.hidden == "mix" and is_mixed and self.classes[name]:
                 stand_in = _mixed(draws, name, tokens[name].count, self.classes[name])
             shown[name] = torch.where(take(is_hidden, index), take(stand_in, index), OWN)
@@ -79,6 +89,11 @@ def _hidden(plan: MaskPlan, name: str, tokens: Tokens) -> Tensor:
     is_target = plan.is_target.get(name, torch.ones_like(index, dtype=torch.bool))
     hidden = torch.zeros(tokens.values.shape[:2], dtype=torch.bool, device=index.device)
     return hidden.scatter(1, index, is_target)
+
+
+def _without(tokens: Tokens, is_hidden: Tensor) -> Tokens:
+    """Return tokens of which the hidden ones (B, N) don't exist."""
+    return replace(tokens, is_valid=~is_hidden if tokens.is_valid is None else tokens.is_valid & ~is_hidden)
 
 
 def _mixed(draws: Draws, name: str, count: int, classes: int) -> Tensor:

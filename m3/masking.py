@@ -72,8 +72,8 @@ def masks(tokens: dict[str, Tokens], visible: float | Mapping[str, float | Tenso
 
     Args:
         tokens: the modalities that are there.
-        visible: a share (float in [0, 1]) or number (int) of tokens for all modalities or for each by name,
-            or ready masks; modalities that are not named are hidden.
+        visible: a share (float in [0, 1]) of the tokens that exist, or number (int) of tokens, for all modalities or
+            for each by name, or ready masks; modalities that are not named are hidden.
         draws: which tokens, where only their number is given.
     """
     wanted = visible if isinstance(visible, Mapping) else dict.fromkeys(tokens, visible)
@@ -90,7 +90,7 @@ def masks(tokens: dict[str, Tokens], visible: float | Mapping[str, float | Tenso
         if isinstance(value, Tensor):
             result[name] = value.to(part.values.device)
         else:
-            count = amount(value, part.count) if value else 0
+            count = valid_quota(value, part) if value else 0
             result[name] = rank(draws.uniform(f"score/{name}", part.count), part.is_valid) < count
     return result
 

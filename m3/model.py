@@ -1,6 +1,6 @@
 """M3Model: what a user does with a model. How it is built and trained stands in `m3.network`.
 
-Letters: B batch, N content tokens of a modality, P values per token.
+Letters: B batch, N content tokens of a modality, P values per token, E width of a shared space.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from torch import Tensor
 from m3 import masking
 from m3.errors import M3Error, nearest
 from m3.network import Network
-from m3.plugins import Predictor, Signal
+from m3.objectives.match import Match
+from m3.plugins import Embedder, Predictor, Signal
 from m3.random import Draws
 from m3.types import Batch, Encoded, MaskPlan, Tokens
 
@@ -44,7 +45,7 @@ class Reconstruction:
 
 
 class M3Model(Network):
-    """One transformer over all modalities of its config: encode, reconstruct."""
+    """One transformer over all modalities of its config: encode, embed, match, reconstruct."""
 
     @torch.no_grad()
     def encode(self, batch: Batch, layers: tuple[int, ...] = ()) -> Encoded:
@@ -56,6 +57,37 @@ class M3Model(Network):
         """
         tokens = self.tokenise(batch.to(self.device))
         return self.encode_tokens(tokens, masking.everything(tokens), layers)
+
+    @torch.no_grad()
+    def embed(self, batch: Batch, objective: str | None = None) -> dict[str, Tensor]:
+        """Bring the sides of a contrast into their shared space, nothing hidden.
+
+        Args:
+            batch: raw signals of any subset of the modalities.
+            objective: name of the contrastive objective; the first one if left out.
+
+        Returns:
+            Side -> unit vectors (B, E) float32, NaN in samples that have nothing of the side; a side of which the
+            batch has no modality is left out. The dot product of two vectors is their similarity in [-1, 1].
+
+        Raises:
+            M3Error: the model has no such objective, or the batch has no modality of any side.
+        """
+        batch = batch.to(self.device)
+        embedder = self._embedder(objective)
+        tokens = self.tokenise(batch)
+        found: dict[str, Tensor] = {}
+        for side, view in embedder.side_views.items():
+            own = {name: tokens[name] for name in view.modalities if name in tokens}
+            if own:
+                encoded = self.encode_tokens(own, masking.everything(own))
+                vectors = embedder.embed(side, encoded)
+                is_there = encoded.plan.is_valid
+                found[side] = vectors if is_there is None else vectors.where(is_there.any(1, keepdim=True), torch.nan)
+        if not found:
+            names = dict.fromkeys(name for view in embedder.side_views.values() for name in view.modalities)
+            raise M3Error(f"the batch has none of {', '.join(names)}; give at least one of them.")
+        return found
 
     @torch.no_grad()
     def reconstruct(
@@ -98,6 +130,47 @@ class M3Model(Network):
             predicted[name] = self._tokenizer(modality).detokenize(values, part.positions, self._size(batch, modality))
         is_visible = {name: plan.is_seen(name, tokens[name].count) for name in seen}
         return Reconstruction(predicted, outputs, guesses, tokens, predictor.modality_of, plan, is_visible)
+
+    def _embedder(self, name: str | None) -> Embedder:
+        found = {n: o for n, o in self.objectives.items() if isinstance(o, Embedder)}
+        if not found:
+            raise M3Error("the model has no shared space; embed needs an objective of `type: contrast`.")
+        if name is not None and name not in found:
+            raise M3Error(f"the model has no contrastive objective `{name}`.{nearest(name, found)}")
+        return found[name] if name is not None else next(iter(found.values()))
+
+    @torch.no_grad()
+    def match(self, batch: Batch, objective: str | None = None) -> Tensor:
+        """Return (B,) the probability in [0, 1] that the two modalities of each sample belong together.
+
+        Args:
+            batch: raw signals; NaN comes out for a sample that lacks one of the two.
+            objective: name of the objective of type `match`; the first one if left out.
+        """
+        part = self.matcher(objective)
+        return self.match_tokens(self.tokenise(batch.to(self.device)), part)
+
+    @torch.no_grad()
+    def match_tokens(self, tokens: dict[str, Tokens], part: Match) -> Tensor:
+        """Do what `match` does, from tokens."""
+        lacking = [name for name in part.spec.modalities if name not in tokens]
+        if lacking:
+            raise M3Error(f"the batch has no `{lacking[0]}`, which is to be matched; add it.")
+        seen = {name: tokens[name] for name in part.spec.modalities}
+        found = part.probability(self.encode_tokens(seen, masking.everything(seen)))
+        for tokens_of_one in seen.values():
+            if tokens_of_one.is_valid is not None:
+                found = found.masked_fill(~tokens_of_one.is_valid.any(1), torch.nan)
+        return found
+
+    def matcher(self, name: str | None = None) -> Match:
+        """Return the objective of type `match`, the first one if no name is given."""
+        found = {n: o for n, o in self.objectives.items() if isinstance(o, Match)}
+        if not found:
+            raise M3Error("the model has no objective of type `match`; train it with one.")
+        if name is not None and name not in found:
+            raise M3Error(f"the model has no objective `{name}` of type `match`.{nearest(name, found)}")
+        return found[name] if name is not None else next(iter(found.values()))
 
     def _predictor(self, name: str | None) -> Predictor:
         found = {n: o for n, o in self.objectives.items() if isinstance(o, Predictor)}

@@ -128,7 +128,7 @@ class Network(PreTrainedModel):
         self.towers = nn.ModuleDict()
         self.backbone = None  # objectives without views bring their own network
         seen = dict.fromkeys(name for view in self.views for name in view.modalities)
-        hidden = {name for view, mask in self.views.items() if mask.hidden != "drop" for name in view.modalities}
+        hidden = {name for view, mask in self.views.items() for name in view.modalities if mask.hides(name)}
         for name in self.modalities if self.views else ():
             tower = towers.get(self.tower_of[name], spec)
             self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
@@ -145,8 +145,10 @@ class Network(PreTrainedModel):
         for objective in objectives.values():
             objective.marks = self.marks
         self.objectives = nn.ModuleDict(objectives)
+        for view in self.views:
+            self._check_swap(view)
         self.post_init()
-        self._freeze({name for name, tower in towers.items() if tower.frozen})
+        self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
 
@@ -162,6 +164,7 @@ class Network(PreTrainedModel):
         tokens = self.tokenise(batch)
         draws = Draws(batch.keys, self.config.seed if seed is None else seed)
         views = dict.fromkeys(view for objective in self._active(active).values() for view in objective.views)
+        views |= dict.fromkeys(needed for view in views for needed in self._needed(view))
         return Prepared(tokens, {view: self._plan(view, tokens, draws) for view in views}, draws, active)
 
     def _plan(self, view: View, tokens: dict[str, Tokens], draws: Draws, similarity: Tensor | None = None) -> MaskPlan:
@@ -261,10 +264,18 @@ class Network(PreTrainedModel):
         for view, swap in waiting:
             assert prepared.draws is not None, "a view with mismatches by similarity needs the draws of `prepare`"
             with torch.no_grad():
+                for needed in self._needed(view):  # of an objective that does not take part in this step
+                    if needed not in encoded:
+                        encoded[needed] = self.encode_tokens(prepared.tokens, prepared.plans[needed])
                 similarity = self.objectives[swap.by].similarity(encoded, swap.of)  # type: ignore[operator]
             plan = self._plan(view, prepared.tokens, prepared.draws, similarity)
             encoded[view] = self.encode_tokens(prepared.tokens, plan)
         return encoded
+
+    def _needed(self, view: View) -> tuple[View, ...]:
+        """Return the views whose similarities say who borrows from whom in this one."""
+        by = Swap(**json.loads(view.swap)).by if view.swap else "random"
+        return () if by == "random" else self._objectives()[by].views
 
     def after_step(self) -> None:
         """Move what learns without gradients, e.g. codebooks; the trainer calls it after each optimizer step."""
@@ -309,28 +320,37 @@ class Network(PreTrainedModel):
         return tower  # type: ignore[return-value]  # ModuleDict forgets the class of its values
 
     def _check_view(self, view: View) -> None:
-        """Raise M3Error for a view that no tower can encode, or whose mismatches can't be drawn."""
+        """Raise M3Error for a view that no tower can encode."""
         towers = dict.fromkeys(self.tower_of[name] or "backbone" for name in view.modalities)
         if len(towers) > 1:
             raise M3Error(
                 f"{', '.join(view.modalities)} can't be encoded together, since different towers read them "
                 f"({', '.join(towers)}); put them into one tower."
             )
+
+    def _check_swap(self, view: View) -> None:
+        """Raise M3Error for a view whose mismatches can't be drawn."""
         swap = Swap(**json.loads(view.swap)) if view.swap else None
-        if swap and swap.of not in view.modalities:
+        if swap is None:
+            return
+        if swap.of not in view.modalities:
             raise M3Error(f"`{swap.of}` can't be swapped in a view of {', '.join(view.modalities)}; name one of them.")
+        able = [name for name, objective in self.objectives.items() if hasattr(objective, "similarity")]
+        if swap.by != "random" and swap.by not in able:
+            raise M3Error(
+                f"swap.by: `{swap.by}` is no objective of type `contrast`; write `random` or add one."
+                f"{nearest(swap.by, able)}"
+            )
 
     def _freeze(self, towers: set[str]) -> None:
-        """Take frozen towers, with all that leads into them, out of training."""
-        for name, tower in self.tower_of.items():
-            if tower in towers:
-                for part in (self.towers, self.tokenizers, self.positions):
-                    key = tower if part is self.towers else name
-                    if key in part:
-                        part[key].requires_grad_(False)
-                for part in (self.modality_embeddings, self.mask_tokens):
-                    if name in part:
-                        part[name].requires_grad_(False)
+        """Take frozen towers (empty name: the backbone), with all that leads into them, out of training."""
+        for name in (name for name, tower in self.tower_of.items() if tower in towers):
+            for part in (self.tokenizers, self.positions, self.modality_embeddings, self.mask_tokens):
+                if name in part:
+                    part[name].requires_grad_(False)
+        for tower, part in {"": self.backbone, **dict(self.towers.items())}.items():
+            if tower in towers and part is not None:
+                part.requires_grad_(False)
 
     def _tokenizer(self, name: str) -> Tokenizer:
         return self.tokenizers[name]  # type: ignore[return-value]  # ModuleDict forgets the class of its values

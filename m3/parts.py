@@ -15,20 +15,20 @@ from typing import Any
 
 from m3.errors import M3Error, nearest, read_settings
 
-# Where the built-in parts of each kind live: a folder of files, or one file that holds them all.
+# Where the built-in parts of each kind live: a folder of files, or files that hold several.
 HOMES = {
-    "modalities": "m3.modalities",
-    "tokenizers": "m3.tokenizers",
-    "objectives": "m3.objectives",
-    "sources": "m3.data.sources",
-    "maskings": "m3.maskings",
-    "scorers": "m3.scorers",
-    "decoders": "m3.heads",
-    "targets": "m3.targets",
-    "positions": "m3.positions",
-    "quantisers": "m3.quantize",
-    "coders": "m3.coders",
-    "tasks": "m3.evaluate.tasks",
+    "modalities": ("m3.modalities",),
+    "tokenizers": ("m3.tokenizers",),
+    "objectives": ("m3.objectives",),
+    "sources": ("m3.data.sources",),
+    "maskings": ("m3.maskings", "m3.target_blocks"),
+    "scorers": ("m3.scorers",),
+    "decoders": ("m3.heads",),
+    "targets": ("m3.targets",),
+    "positions": ("m3.positions",),
+    "quantisers": ("m3.quantize",),
+    "coders": ("m3.coders",),
+    "tasks": ("m3.evaluate.tasks",),
 }
 
 
@@ -40,12 +40,12 @@ def find(kind: str, name: str) -> type:
     """
     if ":" in name:
         return _import(kind, name, name)
-    home = HOMES[kind]
-    if name.isidentifier() and importlib.util.find_spec(f"{home}.{name}" if _is_package(home) else home):
-        module = importlib.import_module(f"{home}.{name}" if _is_package(home) else home)
-        found = getattr(module, class_name(name), None)
-        if found is not None:
-            return found
+    for home in HOMES[kind]:
+        if name.isidentifier() and importlib.util.find_spec(f"{home}.{name}" if _is_package(home) else home):
+            module = importlib.import_module(f"{home}.{name}" if _is_package(home) else home)
+            found = getattr(module, class_name(name), None)
+            if found is not None:
+                return found
     for entry in entry_points(group=f"m3.{kind}"):
         if entry.name == name:
             return _import(kind, name, entry.value)
@@ -57,12 +57,13 @@ def find(kind: str, name: str) -> type:
 
 def available(kind: str) -> list[str]:
     """Return the names that `find` knows: built in and from installed packages."""
-    home = importlib.import_module(HOMES[kind])
-    if _is_package(HOMES[kind]):
-        names = [info.name for info in pkgutil.iter_modules(home.__path__) if not info.name.startswith("_")]
-    else:
-        own = {n: o for n, o in vars(home).items() if getattr(o, "__module__", "") == home.__name__}
-        names = [type_name(name) for name, part in own.items() if hasattr(part, "Spec")]
+    names = []
+    for home in map(importlib.import_module, HOMES[kind]):
+        if _is_package(home.__name__):
+            names += [info.name for info in pkgutil.iter_modules(home.__path__) if not info.name.startswith("_")]
+        else:
+            own = {n: o for n, o in vars(home).items() if getattr(o, "__module__", "") == home.__name__}
+            names += [type_name(name) for name, part in own.items() if hasattr(part, "Spec")]
     return sorted({*names, *(entry.name for entry in entry_points(group=f"m3.{kind}"))})
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from m3.errors import M3Error
 from m3.types import Encoded, Loss, MaskPlan, Tokens
 
 File = Path | BinaryIO
@@ -38,6 +39,7 @@ class Signal(NamedTuple):
         has_gaps: some positions may be unknown: NaN in values, -1 in class ids. No loss asks for them.
         channel_axis: of a batch of values: 1, or -1 for lists of points.
         sentinels: how many of the classes, the last ones, stand for hidden spans; they make it a sequence.
+        is_boxed: the last four channels are a box: left, top, right, bottom.
     """
 
     kind: Literal["values", "classes"]
@@ -46,6 +48,7 @@ class Signal(NamedTuple):
     classes: int = 0
     has_gaps: bool = False
     channel_axis: int = 1
+    is_boxed: bool = False
     sentinels: int = 0
 
     def extent(self, signal: Tensor) -> tuple[int, ...]:
@@ -266,6 +269,12 @@ class Tokenizer(nn.Module, ABC):
     def decode(self, output: Tensor) -> Tensor:
         """Turn what a head predicts (B, N, output_width) into token values (B, N, P)."""
 
+    def tied_weight(self) -> Tensor:
+        """Return the embedding's weight (output_width, D) for a head that shares it."""
+        raise M3Error(
+            f"tokenizer `{type(self).__name__.lower()}` has no single weight that a head could share; remove `tied`."
+        )
+
 
 class View(NamedTuple):
     """These modalities, under this mask, encoded together. Equal views are encoded once per step.
@@ -291,9 +300,12 @@ class Objective(nn.Module, ABC):
 
     part_names: tuple[str, ...]
     """Names of the parts of the loss, in the order in which `forward` returns them."""
+    marks: Any = None  # the `m3.positions.Marks` that the network adds to tokens; set by the model
 
-    marks: Any = None
-    """The `m3.positions.Marks` that the network adds to tokens; set by the model, which owns them."""
+    @property
+    def predicts(self) -> str:
+        """What it learns to say, in a few words, for tables."""
+        return ", ".join(self.part_names)
 
     @abstractmethod
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
@@ -334,6 +346,17 @@ class Coupled(Objective):
         """
 
 
+class Embedder(Objective):
+    """An objective that brings several sides of a sample into one space, where they can be compared."""
+
+    side_views: dict[str, View]
+    """Side -> what its encoder sees in training."""
+
+    @abstractmethod
+    def embed(self, side: str, encoded: Encoded) -> Tensor:
+        """Return unit vectors (B, E) of one side."""
+
+
 class Pool(NamedTuple):
     """The rows of all samples of a step, without gradient.
 
@@ -361,6 +384,10 @@ class Predictor(Objective):
     @abstractmethod
     def predict(self, name: str, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict target `name` at the tokens index (B, T) -> (B, T, output width)."""
+
+    def place_of(self, name: str) -> str:
+        """Return the modality whose hidden tokens are the places that target `name` is predicted at."""
+        return self.modality_of[name]
 
     @abstractmethod
     def restore(self, name: str, output: Tensor, tokens: Tokens) -> Tensor:

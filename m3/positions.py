@@ -127,6 +127,24 @@ class Coordinates(nn.Module):
         return self.layers(positions)
 
 
+class Projected(nn.Module):
+    """A linear layer and a norm on the coordinates, for boxes (UNITER, Chen et al. 2020, section 3.1)."""
+
+    class Spec(Strict):
+        """Settings of `type: projected`; it has none."""
+
+    eps = 1e-12
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer, width: int, axis_order: str) -> None:
+        super().__init__()
+        self.projection = Linear(tokenizer.axes, width)
+        self.norm = nn.LayerNorm(width, eps=self.eps)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Embed (1 or B, N, A) -> (1 or B, N, D)."""
+        return self.norm(self.projection(positions))
+
+
 class Rotary(nn.Module):
     """Axial rotary embedding: queries and keys are turned by angles that grow with the coordinates.
 

@@ -61,12 +61,20 @@ class Clock:
         """Measure from here: called after the first step, which starts workers and compiles."""
         self.step, self.since, self.waited = step, time.perf_counter(), 0.0
 
+    def leave_out(self, since: float) -> None:
+        """Take the time from `since` (of `perf_counter`) until now out of the measure: saving, evaluating."""
+        self.since += time.perf_counter() - since
+
     def line(self, step: int, values: dict[str, float], lr: float, norm: float, skipped: int) -> dict[str, Any]:
-        """Make one line of metrics for the steps since the last one; the first step of a run has no speed."""
+        """Make one line of metrics for the steps since the last one; the first step of a run has no speed.
+
+        `seconds` are those of training alone; summed up over the lines of a run they are its time.
+        """
         seconds, steps = time.perf_counter() - self.since, step - self.step
         line = {"step": step, **values, "lr": lr, "gradient_norm": norm}
         if steps:
             line |= {"samples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
+            line["seconds"] = seconds
         line["skipped"] = skipped
         self.restart(step)
         return line

@@ -60,6 +60,11 @@ class Draws:
         """Return (B, n) float32, independent and uniform in [0, 1), 24 bits each, on the device of `keys`."""
         return _shift(self._bits(stream, n), 40).to(torch.float32) * 2.0**-24
 
+    def normal(self, stream: str, n: int) -> Tensor:
+        """Return (B, n) float32, independent and normal with mean 0 and deviation 1 (Box and Muller 1958)."""
+        radius, angle = self.uniform(stream, 2 * n).chunk(2, dim=1)
+        return (-2 * (1 - radius).log()).sqrt() * (2 * math.pi * angle).cos()
+
     def _bits(self, stream: str, n: int) -> Tensor:
         base = _mix(self.keys * _signed(_GOLDEN) + _signed(stream_number(stream) ^ (self.seed * _MIX_2)))
         column = torch.arange(1, n + 1, device=self.keys.device) * _signed(_GOLDEN)

@@ -117,8 +117,10 @@ class TrainSpec(Strict):
         micro_batch: samples per process and forward pass; null: as many as make one pass per step.
         lr: base learning rate.
         lr_per: the learning rate is lr * batch_size / lr_per (MAE: 256); null: lr is used as it is.
-        min_lr: where the cosine ends, scaled like `lr`.
+        min_lr: where the schedule ends, scaled like `lr`.
+        schedule: of the learning rate after the warm-up: half a `cosine` or `linear` down to `min_lr`, or `constant`.
         warmup: linear warm-up from 0, in the unit of the run's length (steps or epochs).
+        milestones: when the learning rate falls to a tenth, in the same unit, instead of a cosine (SimMIM).
         weight_decay: AdamW's.
         decay: `matrices`: no decay of biases and other 1-D parameters (MAE); `all` (MultiMAE).
         betas: AdamW's.
@@ -143,7 +145,9 @@ class TrainSpec(Strict):
     lr: PositiveFloat = 1.5e-4
     lr_per: PositiveInt | None = None
     min_lr: NonNegativeFloat = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: NonNegativeFloat = 0.0
+    milestones: tuple[PositiveFloat, ...] = ()
     weight_decay: NonNegativeFloat = 0.05
     decay: Literal["matrices", "all"] = "matrices"
     betas: tuple[Decay, Decay] = (0.9, 0.95)

@@ -7,9 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from m3.errors import M3Error
-from m3.model import M3Model
-from m3.processor import M3Processor
-from m3.progress import no_progress_bars
+from m3.inputs import columns_of, open_model
 from m3.show import preview
 
 
@@ -31,23 +29,8 @@ def reconstruct_files(model_path: str, inputs: list[str], out: Path, visible: fl
         raise M3Error(f"--out writes a PNG file, got {out}; end its name in .png.")
     if visible is not None and not 0 < visible <= 1:
         raise M3Error(f"--visible must be a share in (0, 1], got {visible}.")
-    if not (Path(model_path) / "config.json").is_file() and (Path(model_path) / "model" / "config.json").is_file():
-        model_path = str(Path(model_path) / "model")  # the folder of a run
-    try:
-        with no_progress_bars():
-            model = M3Model.from_pretrained(model_path).eval()
-    except OSError as error:
-        raise M3Error(
-            f"there is no model in `{model_path}`: neither a folder that `m3 train` wrote (runs/NAME/model) nor a Hub "
-            f"id that can be reached ({str(error).splitlines()[0]})."
-        ) from error
-    processor = M3Processor.from_pretrained(model_path)
-    columns: dict[str, list[str]] = {}
-    for entry in inputs:
-        name, sign, path = entry.partition("=")
-        if not sign:
-            name, path = next(iter(model.modalities)), entry
-        columns.setdefault(name, []).append(path)
+    model, processor = open_model(model_path)
+    columns = columns_of(inputs, model)
     batch = processor(seed=seed, **columns)
     shown = None
     if visible is not None:

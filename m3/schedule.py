@@ -23,7 +23,9 @@ class Plan(NamedTuple):
         micro_batch: samples per process and forward pass.
         accumulation: forward passes per step.
         lr: highest learning rate.
-        min_lr: where the cosine ends.
+        min_lr: where the schedule ends.
+        schedule: of the learning rate after the warm-up: `cosine`, `linear` or `constant`.
+        milestones: steps from which the learning rate is a tenth of what it was, instead of a schedule.
     """
 
     steps: int
@@ -32,6 +34,8 @@ class Plan(NamedTuple):
     accumulation: int
     lr: float
     min_lr: float
+    schedule: str = "cosine"
+    milestones: tuple[int, ...] = ()
 
 
 def plan_run(spec: TrainSpec, samples: int | None, world: int) -> Plan:
@@ -57,14 +61,26 @@ def plan_run(spec: TrainSpec, samples: int | None, world: int) -> Plan:
         )
     scale = spec.batch_size / spec.lr_per if spec.lr_per else 1.0
     accumulation = spec.batch_size // (micro * world)
-    return Plan(steps, round(spec.warmup * unit), micro, accumulation, spec.lr * scale, spec.min_lr * scale)
+    warmup = round(spec.warmup * unit)
+    milestones = tuple(round(milestone * unit) for milestone in spec.milestones)
+    lr, min_lr = spec.lr * scale, spec.min_lr * scale
+    return Plan(steps, warmup, micro, accumulation, lr, min_lr, spec.schedule, milestones)
 
 
 def learning_rate(step: int, plan: Plan) -> float:
-    """Return the learning rate of a step: linear from 0 over the warm-up, then half a cosine to `min_lr`."""
+    """Return the learning rate of a step: linear from 0 over the warm-up, then down to `min_lr` as `schedule` says.
+
+    `cosine`: half a cosine; `linear`: a straight line; `constant`: no decay; milestones: a tenth from each on.
+    """
     if step < plan.warmup:
         return plan.lr * step / plan.warmup
+    if plan.milestones:
+        return plan.lr * 0.1 ** sum(step >= milestone for milestone in plan.milestones)
+    if plan.schedule == "constant":
+        return plan.lr
     progress = (step - plan.warmup) / max(1, plan.steps - plan.warmup)
+    if plan.schedule == "linear":
+        return plan.lr + (plan.min_lr - plan.lr) * progress
     return plan.min_lr + (plan.lr - plan.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 

@@ -21,6 +21,9 @@ BASELINES = {
     "constant": "constant: the training mean, median or most frequent class",
     "average_map": "average map: the training mean, median or most frequent class of each place",
     "patch_mean": "patch mean: the hidden patch's own mean",
+    "chance": "chance: a guess, candidates in random order",
+    "majority": "majority: the most frequent class of these samples, for all of them",
+    "without": "without: the same model, not shown another modality",
     "one_code": "one code: a collapsed codebook that says the same of everything",
 }
 

@@ -6,8 +6,10 @@ Letters: B batch, T targets, P values per token, K classes.
 from __future__ import annotations
 
 import torch
+from pydantic import NonNegativeInt
 from torch import Tensor
 
+from m3.errors import M3Error
 from m3.plugins import Strict, Tokenizer
 from m3.types import Tokens, take
 
@@ -57,3 +59,55 @@ class Values:
         values = values.float()
         variance, mean = torch.var_mean(values, dim=-1, keepdim=True)
         return mean, (variance + self.eps).sqrt()
+
+
+class SoftLabels:
+    """The token's values as probabilities of classes, for loss `kl` (UNITER's MRC-kl, Chen et al. 2020, section 3.2).
+
+    Predictions are logits.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: soft_labels`; it has none."""
+
+    kind = "probabilities"
+    is_relative = False
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
+        self.width = tokenizer.output_width
+
+    def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
+        """Return the probabilities (B, T, P) of the tokens at index (B, T), NaN where nobody knows them."""
+        return take(tokens.values, index)
+
+    def restore(self, predicted: Tensor, tokens: Tokens) -> Tensor:
+        """Turn logits (B, N, P) into probabilities."""
+        return predicted.softmax(-1)
+
+
+class MostLikely(SoftLabels):
+    """The most likely class of the token's values, as an id, for loss `cross_entropy` (UNITER's MRC)."""
+
+    class Spec(Strict):
+        """Settings of `type: most_likely`.
+
+        Attributes:
+            skip: classes at the front that are never the answer (1: the background of a detector).
+        """
+
+        skip: NonNegativeInt = 0
+
+    kind = "classes"
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
+        super().__init__(SoftLabels.Spec(), tokenizer)
+        self.skip, self.classes = spec.skip, tokenizer.output_width
+        if spec.skip >= self.classes:
+            raise M3Error(f"target `most_likely` skips all of {self.classes} classes; lower `skip`.")
+
+    def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
+        """Return ids (B, T, 1) of the tokens at index (B, T), -1 where nobody knows the probabilities."""
+        values = take(tokens.values, index)
+        is_known = ~values.isnan().any(-1, keepdim=True)
+        best = values[..., self.skip :].argmax(-1, keepdim=True) + self.skip
+        return torch.where(is_known, best, -1)

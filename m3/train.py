@@ -158,8 +158,9 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             if step == start:
                 clock.restart(done)
             if done % spec.log_every == 0 or done == plan.steps:
-                values = (add_over_processes(accelerator, sums) / counts.clamp(min=1)).tolist()
-                values = dict(zip(names, values, strict=True))
+                total = add_over_processes(accelerator, sums) / counts.clamp(min=1)
+                known = zip(names, total.tolist(), counts.tolist(), strict=True)
+                values = {name: value for name, value, count in known if count}
                 if not are_finite(values):
                     raise not_finite(done, f"the losses {values}", checkpoint.newest(run))
                 line = clock.line(done, values, learning_rate(step, plan), float(norm), len(skipped.messages))
@@ -167,6 +168,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
                 if accelerator.is_main_process:
                     append(run, line)
+            reported = time.perf_counter()
             if done % (spec.save_every or max(1, plan.steps // 10)) == 0 or done == plan.steps:
                 if not all(bool(p.isfinite().all()) for p in raw_model.parameters()):  # never over good ones
                     raise not_finite(done, "the weights", checkpoint.newest(run))
@@ -175,6 +177,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 if accelerator.is_main_process:
                     held_out.evaluate(done, run / "previews" / f"step-{done:08d}.png")
                 accelerator.wait_for_everyone()
+            clock.leave_out(reported)
 
     # --------------------------------------------------------------------------------------------- finish
     rows: list[Row] = []

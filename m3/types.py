@@ -132,8 +132,8 @@ class MaskPlan:
 
     Attributes:
         visible: modality -> (B, S) int64, ascending: tokens that are embedded, an index into the modality's N.
-        target: modality -> (B, T) int64: tokens that are predicted, an index into the modality's N; ascending, or in
-            the order of `asked`.
+        target: modality -> (B, T) int64: tokens that are predicted, an index into the modality's N; ascending, with
+            several blocks of targets within each, or in the order of `asked`.
         is_target: modality -> (B, T) bool; a modality that is not listed has all its T targets.
         order: (B, V) int64, where in the concatenation of all visible slots each encoder token lies;
             None when the encoder takes all slots as they stand.
@@ -147,6 +147,8 @@ class MaskPlan:
             listed has the tokens' own.
         target_order: (B, sum of T) int64, where in the concatenation of all target slots each token lies that the
             decoder works on, the targets first; None when it takes all slots as they stand.
+        blocks: modality -> K: the T targets are K blocks of the same size, one behind the other; they may overlap, and
+            an objective may predict each by itself. A modality that is not listed has one.
     """
 
     visible: dict[str, Tensor]
@@ -159,6 +161,7 @@ class MaskPlan:
     asked: dict[str, Tensor] = field(default_factory=dict)
     place: dict[str, Tensor] = field(default_factory=dict)
     target_order: Tensor | None = None
+    blocks: dict[str, int] = field(default_factory=dict)
 
     def pack(self, slots: dict[str, Tensor]) -> Tensor:
         """Bring per-modality slots into encoder order: modality -> (B, S, *rest) to (B, V, *rest)."""

@@ -35,11 +35,20 @@ class Text(Modality):
                 sentencepiece `.model`; or `open_clip:` for CLIP's. A file's content goes into the config.
             length: L that the model is built for; longer sentences are cut.
             sentinels: further ids, behind those of the vocabulary, that stand for hidden spans (T5: 100).
+            start: token in front of every sentence, e.g. CLIP's `<start_of_text>`; null: none.
+            end: token behind every sentence, also behind one that is cut, e.g. CLIP's `<end_of_text>`.
+            fill: token that fills every sentence up to `length` and is read like any other (FLIP's `[PAD]`, SigLIP's
+                `</s>`); null: sentences keep their own lengths.
+            mirrors: sentences still hold when their picture is mirrored, so `data.flip` is allowed (FLIP's captions).
         """
 
         vocabulary: str | list[str]
         length: PositiveInt = 64
         sentinels: NonNegativeInt = 0
+        start: str | None = None
+        end: str | None = None
+        fill: str | None = None
+        mirrors: bool = False
 
     extensions = (".txt",)
     measure = "accuracy"
@@ -50,11 +59,30 @@ class Text(Modality):
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
         self.vocabulary = open_vocabulary(describe(spec.vocabulary))
+        self._start, self._end = self._numbers("start"), self._numbers("end")
+        self._fill = self._numbers("fill")
+        if spec.length <= len(self._start + self._end):
+            raise M3Error(f"text.length: {spec.length} leaves no room beside `start` and `end`; raise it.")
 
     @classmethod
     def resolve(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """Put the content of the vocabulary's file in the place of its path."""
         return {**settings, "vocabulary": describe(settings["vocabulary"])}
+
+    def _numbers(self, key: str) -> list[int]:
+        """Return the id of the token that a setting names, as a list; an empty one where it names none."""
+        token = getattr(self.spec, key)
+        if token is None:
+            return []
+        number = self.vocabulary.number(token)
+        if number is None:
+            raise M3Error(f"text.{key}: `{token}` is no token of the vocabulary; write one as the vocabulary does.")
+        return [number]
+
+    @property
+    def follows(self) -> frozenset[str]:
+        """A sentence tells left from right, if `mirrors` does not say otherwise."""
+        return frozenset({"crop", "flip"} if self.spec.mirrors else {"crop"})
 
     @property
     def signal(self) -> Signal:
@@ -96,7 +124,10 @@ class Text(Modality):
             raise M3Error(f"a text must be in UTF-8, but its byte {error.start} is not.") from error
 
     def to_raw(self, sample: Any) -> Tensor:
-        """Read a sentence, or ids (L,) -> int32 (L,), cut to `length`. Sentinels are for masking to set, not here."""
+        """Read a sentence, or ids (L,) -> int32 (L,), cut to `length`; only sentences get `start`, `end` and `fill`.
+
+        Sentinels are for masking to set, not here.
+        """
         ids = np.asarray(self.vocabulary.encode(sample) if isinstance(sample, str) else sample)
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise M3Error(
@@ -107,7 +138,14 @@ class Text(Modality):
         if ids.min() < 0 or ids.max() >= self.vocabulary.size:
             wrong = ids.min() if ids.min() < 0 else ids.max()
             raise M3Error(f"a text holds id {wrong}, but the vocabulary has {self.vocabulary.size} entries.")
+        if isinstance(sample, str):
+            ids = np.asarray(self._framed(ids.tolist()))
         return torch.from_numpy(ids[: self.spec.length].astype(np.int32))
+
+    def _framed(self, words: list[int]) -> list[int]:
+        """Cut a sentence so that there is room for `start` and `end`, put them to it and fill it up."""
+        ids = self._start + words[: self.spec.length - len(self._start + self._end)] + self._end
+        return ids + self._fill * (self.spec.length - len(ids))
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:
         """Keep a sentence as it is."""

@@ -64,3 +64,7 @@ class Embedding(Tokenizer):
         """Return the most likely ids (B, N, 1) of scores (B, N, K), -1 where that is a sentinel: nothing is there."""
         ids = output.argmax(-1, keepdim=True)
         return ids if self.sentinels is None else ids.masked_fill(ids >= self.sentinels.start, -1)
+
+    def tied_weight(self) -> Tensor:
+        """Return the rows of real ids (K, D)."""
+        return self.table.weight[: self.signal.classes]

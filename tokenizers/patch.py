@@ -89,6 +89,10 @@ class Patch(Tokenizer):
         """Return the prediction itself: a head predicts the values."""
         return output
 
+    def tied_weight(self) -> Tensor:
+        """Return the projection's transpose (P, D)."""
+        return self.projection.weight.t()
+
 
 def grid_of(size: tuple[int, ...] | torch.Size, patch: tuple[int, int]) -> tuple[int, int]:
     """Return (rows, columns) of patches in a map of `size`.

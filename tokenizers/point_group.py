@@ -50,7 +50,8 @@ class PointGroup(Tokenizer):
 
     def __init__(self, spec: Spec, signal: Signal, width: int) -> None:
         super().__init__(spec, signal, width)
-        if signal.kind != "values" or len(signal.size) != 1 or signal.channel_axis != -1 or signal.channels < 3:
+        is_list = signal.kind == "values" and len(signal.size) == 1 and signal.channel_axis == -1
+        if not is_list or signal.channels < 3 or signal.is_boxed:
             raise M3Error(
                 f"tokenizer `point_group` reads lists of points with 3 or more values, got {signal.channels} "
                 f"{signal.kind} over {len(signal.size)} axes; use it for the modality `points`."

@@ -38,7 +38,8 @@ class Member(io.BytesIO):
 def encode(signal: Any) -> Stored:
     """Store a signal that exists only in memory, without loss.
 
-    Text becomes .txt (UTF-8), uint8 (H, W) or (H, W, 3) and pictures .png, every other array .npy.
+    Text becomes .txt (UTF-8), uint8 (H, W) or (H, W, 3) and pictures .png, a mapping of arrays .npz, every other
+    array .npy.
 
     Raises:
         M3Error: the signal is no text, picture, array or tensor of numbers.
@@ -46,6 +47,9 @@ def encode(signal: Any) -> Stored:
     if isinstance(signal, str):
         return Stored(".txt", signal.encode())
     file = io.BytesIO()
+    if isinstance(signal, dict):
+        np.savez(file, **signal)
+        return Stored(".npz", file.getvalue())
     array = np.asarray(signal)
     is_picture = array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3))
     if isinstance(signal, PILImage.Image) or is_picture:

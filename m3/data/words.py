@@ -38,6 +38,10 @@ class Vocabulary(Protocol):
 
     size: int
 
+    def number(self, token: str) -> int | None:
+        """Return the id of one token as the vocabulary writes it, e.g. `</s>`; None: it has none."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Turn a sentence into ids."""
         ...
@@ -102,6 +106,10 @@ class Words:
         self.size = len(self.words)
         self._number = {word: number for number, word in enumerate(self.words)}
 
+    def number(self, token: str) -> int | None:
+        """Return the id of a word."""
+        return self._number.get(token.lower())
+
     def encode(self, text: str) -> list[int]:
         """Turn a sentence into ids."""
         return [self._number.get(word, 0) for word in text.lower().split()]
@@ -130,6 +138,10 @@ class FromTokenizers:
         self.size = 1 + max(self._tokenizer.get_vocab().values(), default=-1)  # numbers may be left out
         if not self.size:
             raise M3Error("text.vocabulary holds no tokens.")
+
+    def number(self, token: str) -> int | None:
+        """Return the id of a token."""
+        return self._tokenizer.token_to_id(token)
 
     def encode(self, text: str) -> list[int]:
         """Turn a sentence into ids, without special tokens."""
@@ -173,6 +185,11 @@ class FromSentencepiece:
         if not self.size:
             raise M3Error("text.vocabulary is no sentencepiece model that can be read: it is empty.")
 
+    def number(self, token: str) -> int | None:
+        """Return the id of a piece."""
+        found = self._processor.piece_to_id(token)
+        return found if self._processor.id_to_piece(found) == token else None  # others get the unknown piece's
+
     def encode(self, text: str) -> list[int]:
         """Turn a sentence into ids."""
         return self._processor.encode(text)
@@ -199,6 +216,10 @@ class FromOpenClip:
             raise M3Error(f"text.vocabulary: open_clip:{content} is not known; write `open_clip:` for CLIP's own.")
         self._tokenizer = SimpleTokenizer()
         self.size = self._tokenizer.vocab_size
+
+    def number(self, token: str) -> int | None:
+        """Return the id of a token, e.g. `<start_of_text>`."""
+        return self._tokenizer.encoder.get(token)
 
     def encode(self, text: str) -> list[int]:
         """Turn a sentence into ids."""

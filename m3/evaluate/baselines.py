@@ -51,7 +51,7 @@ def average(batches: list[Tensor], signal: Signal, modality: Modality) -> Averag
         counts = counts[..., 1:]
         return Average(counts.argmax(-1), counts.sum((0, 1)).argmax(-1).expand(values.shape[-1]))
     middle = (lambda x: x.nanmedian(0).values) if modality.centre == "median" else (lambda x: x.nanmean(0))
-    channels = signal.channels
+    channels = signal.channels - 4 if signal.is_boxed else signal.channels  # the box is the token's position
     if signal.channel_axis == 1:  # (channel, position) within a token
         overall = middle(values.unflatten(-1, (channels, -1)).movedim(2, -1).reshape(-1, channels))
         overall = overall.repeat_interleave(values.shape[-1] // channels)

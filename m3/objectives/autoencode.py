@@ -92,6 +92,11 @@ class Autoencode(Predictor):
             counts["commitment"] = reduce(codes, None if is_valid is None else is_valid.unsqueeze(-1), "token")[1]
         return counts
 
+    @property
+    def predicts(self) -> str:
+        """What it learns to say."""
+        return f"{self.spec.of} from {self.quantiser.codes} codes"
+
     def after_step(self) -> None:
         """Let the codebook follow the vectors of the step."""
         self.quantiser.update()

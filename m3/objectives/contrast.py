@@ -22,12 +22,13 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from m3.backbone import BackboneSpec
-from m3.errors import M3Error
+from m3.errors import M3Error, within
 from m3.linear import Linear
 from m3.objectives.reconstruct import check_modality
-from m3.plugins import Coupled, Pool, Strict, Tokenizer, View
+from m3.plugins import Coupled, Embedder, Pool, Strict, Tokenizer, View
+from m3.pooling import Kind, Pooling
 from m3.processes import gather, rank
-from m3.types import Encoded, Loss, MaskPlan, Part, Tokens, masked_mean
+from m3.types import Encoded, Loss, MaskPlan, Part, Tokens
 
 NEVER = -1e9
 """Logit of a candidate that is not there; finite, so that a step without any gives zero gradients."""
@@ -42,16 +43,18 @@ class Side(Strict):
     Attributes:
         modalities: what it is made of; the modality of the side's name if left out.
         masking: what its encoder sees; FLIP drops half of the patches.
-        pool: what becomes its vector: `mean` of the visible tokens, `all`: mean of these and of the class tokens
-            (FLIP's image), `class`: the first class token, `first` or `last` visible token (FLIP's and CLIP's text).
+        pool: what becomes its vector, see `m3.pooling`.
+        projection: of the vector to the shared space: `linear`, `affine` (with bias; SigLIP's text), or `none`, where
+            the tower's width is E (LiT's and SigLIP's image).
     """
 
     modalities: tuple[str, ...] | None = None
     masking: dict = Field(default={"type": "fixed", "visible": 1.0})
-    pool: Literal["mean", "all", "class", "first", "last"] = "mean"
+    pool: Kind = "mean"
+    projection: Literal["linear", "affine", "none"] = "linear"
 
 
-class Contrast(Coupled):
+class Contrast(Coupled, Embedder):
     """Mean over samples of the loss of telling a sample's other side from those of all other samples."""
 
     class Spec(Strict):
@@ -77,22 +80,28 @@ class Contrast(Coupled):
         super().__init__()
         self.spec = spec
         self.side_views: dict[str, View] = {}
+        self.pools = nn.ModuleDict()
         self.projections = nn.ModuleDict()
         for name, side in spec.sides.items():
             modalities = side.modalities or (name,)
             for modality in modalities:
                 check_modality(f"sides.{name}", modality, tokenizers)
             tower = tokenizers[modalities[0]].tower
-            if side.pool in ("class", "all") and not tower.class_tokens:
-                raise M3Error(f"sides.{name}.pool: `{side.pool}` needs a class token; set class_tokens: 1.")
+            with within(f"sides.{name}"):
+                self.pools[name] = Pooling(side.pool, tower)
+                self.projections[name] = _projection(side, tower.width, spec.width)
             self.side_views[name] = View(modalities, json.dumps(side.masking, sort_keys=True))
-            self.projections[name] = Linear(tower.width, spec.width, bias=False)
         self.views = tuple(dict.fromkeys(self.side_views.values()))
         self.pairs = tuple(itertools.combinations(spec.sides, 2))
         self.part_names = tuple(f"{a}-{b}" for a, b in self.pairs)
         # Both are learned as differences from their start, so that fresh weights are zero.
         self.sharpening = nn.Parameter(torch.zeros(()))
         self.bias = nn.Parameter(torch.zeros(())) if spec.loss == "sigmoid" else None
+
+    @property
+    def predicts(self) -> str:
+        """What it learns to say."""
+        return f"which {' and '.join(self.spec.sides)} belong together"
 
     @property
     def scale(self) -> Tensor:
@@ -107,14 +116,17 @@ class Contrast(Coupled):
 
     def embed(self, side: str, encoded: Encoded) -> Tensor:
         """Return unit vectors (B, E) of one side, in float32 or better."""
-        x = self.projections[side](_pool(self.spec.sides[side].pool, encoded))
+        x = self.projections[side](self.pools[side](encoded))
         return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
 
     def similarity(self, encoded: dict[View, Encoded], of: str) -> Tensor:
-        """Return logits (B, B): row, a sample's other side; column, a sample's side `of`."""
-        a, b = next(pair for pair in self.pairs if of in pair)
-        other = b if a == of else a
-        rows, columns = (self.embed(side, encoded[self.side_views[side]]) for side in (other, of))
+        """Return logits (B, B): row, a sample's other side; column, a sample's side that holds the modality `of`."""
+        lent = next((side for side, view in self.side_views.items() if of in view.modalities), None)
+        if lent is None:
+            raise M3Error(f"`{of}` is in no side of the contrast, so its likeness to others is not known; add one.")
+        a, b = next(pair for pair in self.pairs if lent in pair)
+        other = b if a == lent else a
+        rows, columns = (self.embed(side, encoded[self.side_views[side]]) for side in (other, lent))
         return self.scale * rows @ columns.T
 
     def rows(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
@@ -132,7 +144,8 @@ class Contrast(Coupled):
             is_alone = not self.training  # a process may evaluate by itself
             count = len(next(iter(own.values())))
             pool = Pool(own, 0) if is_alone else Pool(gather(own), rank() * count)
-        with torch.autocast(next(iter(own.values())).device.type, enabled=False):
+        device = next(iter(own.values())).device.type
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # `m3 show` has no device
             return Loss({f"{a}-{b}": self._part(a, b, own, pool) for a, b in self.pairs})
 
     def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
@@ -195,16 +208,12 @@ def _there(plan: MaskPlan) -> Tensor:
     return torch.ones(len(index), dtype=torch.bool, device=index.device)
 
 
-def _pool(kind: str, encoded: Encoded) -> Tensor:
-    """Make one vector (B, D) of the states of a view."""
-    if kind == "class":
-        return encoded.prefix[:, 0]
-    if kind == "all":
-        return masked_mean(encoded.sequence, encoded.is_valid)
-    if kind == "mean":
-        return encoded.pooled
-    is_valid = encoded.plan.is_valid
-    if kind == "first" or is_valid is None:  # valid tokens come first
-        return encoded.states[:, 0 if kind == "first" else -1]
-    last = (is_valid.sum(1) - 1).clamp(min=0)
-    return encoded.states[torch.arange(len(last), device=last.device), last]
+def _projection(side: Side, width: int, shared: int) -> nn.Module:
+    """Make what leads from a tower's width to that of the shared space."""
+    if side.projection != "none":
+        return Linear(width, shared, bias=side.projection == "affine")
+    if width != shared:
+        raise M3Error(
+            f"projection: `none` needs a tower of width {shared}, the contrast's `width`, but it has {width}."
+        )
+    return nn.Identity()

@@ -19,7 +19,7 @@ from m3.errors import M3Error, nearest, within
 from m3.parts import build_spec
 from m3.plugins import Predictor, Strict, Tokenizer, View
 from m3.points import chamfer
-from m3.types import Encoded, Loss, MaskPlan, Part, Tokens
+from m3.types import Encoded, Loss, MaskPlan, Part, Tokens, take
 
 
 class TargetSpec(Strict):
@@ -27,16 +27,19 @@ class TargetSpec(Strict):
 
     Attributes:
         of: modality it belongs to; the target's own name if left out.
+        at: modality whose hidden tokens it is predicted at, token by token, where that is another one (UNITER: the
+            labels of hidden regions); it must have as many tokens.
         target: provider of the true values.
-        loss: `mse`, `l1`, `smooth_l1` (values), `cross_entropy` (class ids), or `chamfer` (groups of points, as
-            sets; Point-MAE).
+        loss: `mse`, `l1`, `smooth_l1` (values), `cross_entropy` (class ids), `kl` (probabilities), or `chamfer`
+            (groups of points, as sets; Point-MAE).
         decoder: overrides the objective's decoder.
         weight: factor on this part of the loss.
     """
 
     of: str | None = None
+    at: str | None = None
     target: dict = Field(default={"type": "values"})
-    loss: Literal["mse", "l1", "smooth_l1", "cross_entropy", "chamfer"] = "mse"
+    loss: Literal["mse", "l1", "smooth_l1", "cross_entropy", "kl", "chamfer"] = "mse"
     decoder: dict | None = None
     weight: float = 1.0
 
@@ -76,20 +79,27 @@ class Reconstruct(Predictor):
         tower = tokenizers[self.inputs[0]].tower
         self.decoders = nn.ModuleDict()
         self.providers, self.modality_of, self.classes, self.channels = {}, {}, {}, {}
+        self.places: dict[str, str] = {}
         for name, target in spec.targets.items():
             modality = target.of or name
             check_modality(f"targets.{name}", modality, tokenizers)
+            place = self.places[name] = target.at or modality
+            if place != modality and place not in self.inputs:
+                raise M3Error(
+                    f"targets.{name}.at: `{place}` is no input of the objective.{nearest(place, self.inputs)}"
+                )
             tokenizer = tokenizers[modality]
             part, settings = build_spec("targets", target.target, f"targets.{name}.target")
             self.providers[name] = part(settings, tokenizer)
             decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")
             with within(f"targets.{name}.decoder"):
                 self.decoders[name] = decoder(
-                    settings, tower, tokenizers, self.inputs, modality, self.providers[name].width
+                    settings, tower, tokenizers, self.inputs, place, self.providers[name].width
                 )
-            self.modality_of[name], self.classes[name] = modality, tokenizer.signal.classes
+            self.modality_of[name] = modality
+            self.classes[name] = getattr(self.providers[name], "classes", tokenizer.signal.classes)
             self.channels[name] = tokenizer.signal.channels
-            check_loss(name, target.loss, tokenizer)
+            check_loss(name, target.loss, tokenizer, getattr(self.providers[name], "kind", None))
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
         self.is_relative = {name: getattr(part, "is_relative", False) for name, part in self.providers.items()}
         self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
@@ -134,6 +144,10 @@ class Reconstruct(Predictor):
             counts["balance"] = torch.tensor(float(len(samples)), device=samples.device)
         return counts
 
+    def place_of(self, name: str) -> str:
+        """Return the modality whose hidden tokens are the places that target `name` is predicted at."""
+        return self.places[name]
+
     def predict(self, name: str, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict target `name` at the tokens index (B, T) -> (B, T, output width)."""
         return self.decoders[name](encoded, tokens, index)
@@ -149,19 +163,35 @@ class Reconstruct(Predictor):
 
     def _targets(self, name: str, plan: MaskPlan, tokens: dict[str, Tokens]) -> tuple[Tensor, Tensor | None]:
         """Return target indices (B, T) and which of them count; a modality that is no input is predicted whole."""
-        modality = self.modality_of[name]
+        modality, place = self.modality_of[name], self.places[name]
         if modality not in tokens:
             raise M3Error(f"the batch has no `{modality}`, which target `{name}` needs; add it to the data.")
-        if modality in plan.asked:
+        if place in plan.asked:
             raise M3Error(
-                f"the masking asks for `{modality}` as a sequence with sentinels, which this objective can't predict; "
+                f"the masking asks for `{place}` as a sequence with sentinels, which this objective can't predict; "
                 f"use `type: translate`, or remove its `sentinels`."
             )
-        if modality in plan.target:
-            return plan.target[modality], plan.is_target.get(modality)
         part = tokens[modality]
+        if place in plan.target:
+            index, is_target = plan.target[place], plan.is_target.get(place)
+            if place != modality:
+                _check_counts(name, modality, place, tokens)
+            if place != modality and part.is_valid is not None:
+                there = take(part.is_valid, index)
+                is_target = there if is_target is None else is_target & there
+            return index, is_target
         everything = torch.arange(part.count, device=part.values.device)
         return everything.expand(len(part.values), -1), part.is_valid
+
+
+def _check_counts(name: str, modality: str, place: str, tokens: dict[str, Tokens]) -> None:
+    """Raise M3Error when a target can't be predicted token by token at the places of another modality."""
+    own, there = tokens[modality].count, tokens[place].count
+    if own != there:
+        raise M3Error(
+            f"target `{name}` can't be predicted at the tokens of {place}: {modality} has {own} of them, {place} "
+            f"{there}; make them equal."
+        )
 
 
 def reduce(losses: Tensor, weights: Tensor | None, average: str) -> tuple[Tensor, Tensor]:
@@ -189,6 +219,9 @@ def elementwise_losses(kind: str, predicted: Tensor, truth: Tensor, classes: int
         scores = predicted.reshape(-1, classes)
         losses = F.cross_entropy(scores, truth.reshape(-1), reduction="none", ignore_index=-1)
         return losses.reshape(truth.shape)
+    if kind == "kl":  # one number per token, spread over its classes, so that it counts like others
+        losses = F.kl_div(predicted.log_softmax(-1), truth.float(), reduction="none").sum(-1, keepdim=True)
+        return losses.expand(truth.shape)
     if kind == "chamfer":  # one number per group, spread over its values, so that they count like others
         groups = [x.unflatten(-1, (-1, channels)).flatten(0, 1) for x in (predicted, truth.float())]
         return chamfer(*groups).view(*truth.shape[:2], 1).expand(truth.shape)
@@ -211,12 +244,14 @@ def check_modality(where: str, name: str, tokenizers: dict[str, Tokenizer]) -> N
         raise M3Error(f"{where} names `{name}`, which is no modality of the recipe.{nearest(name, tokenizers)}")
 
 
-def check_loss(name: str, loss: str, tokenizer: Tokenizer) -> None:
-    """Raise M3Error when a loss can't compare what the tokens of target `name` hold."""
+def check_loss(name: str, loss: str, tokenizer: Tokenizer, kind: str | None = None) -> None:
+    """Raise M3Error when a loss can't compare what target `name` holds; `kind` None: what its tokens hold."""
+    kind = kind or tokenizer.signal.kind
     if loss == "chamfer" and tokenizer.signal.channel_axis != -1:
         raise M3Error(f"target `{name}` holds no points, which loss `chamfer` compares; use mse, l1 or smooth_l1.")
-    if (loss == "cross_entropy") != (tokenizer.signal.kind == "classes"):
+    fitting = {"cross_entropy": "classes", "kl": "probabilities"}.get(loss, "values")
+    if kind != fitting:
         raise M3Error(
-            f"target `{name}` holds {tokenizer.signal.kind}, which loss `{loss}` can't compare; "
-            f"use cross_entropy for classes and mse, l1 or smooth_l1 for values."
+            f"target `{name}` holds {kind}, which loss `{loss}` can't compare; "
+            f"use cross_entropy for classes, kl for probabilities and mse, l1 or smooth_l1 for values."
         )

@@ -282,5 +282,7 @@ def _check(
             raise M3Error(
                 f"`translate` adds positions to what it reads, so `{name}` can't have rotary ones; use sincos."
             )
+    if tokenizers[modalities[0]].tower.norm == "post":
+        raise M3Error("the decoder of `translate` has its norms before the branches; set backbone.norm=pre.")
     if len(modalities) > 1 and not tokenizers[modalities[0]].tower.modality_embedding:
         raise M3Error("`translate` tells modalities apart by their embeddings; set backbone.modality_embedding=true.")

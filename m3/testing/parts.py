@@ -149,8 +149,8 @@ def check_positions(positions: dict[str, Any], counts: tuple[int, ...]) -> None:
     part, spec = build_spec("positions", positions, "positions")
     module = seeded(lambda: part(spec, _Grid(counts), WIDTH, "yx"))
     with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(noise(parameter.shape))
+        for number, parameter in enumerate(module.parameters()):  # no two of them alike
+            parameter.copy_(noise(parameter.shape).flatten().roll(number).view(parameter.shape))
     width = HEAD_WIDTH // 2 if isinstance(module, Rotary) else WIDTH
     at = grid(counts, counts, torch.device("cpu"))
     table = _places(module, at)

@@ -34,6 +34,14 @@ MODALITIES = {
     "audio": {"type": "audio", "frames": 32, "bands": 16},
     "video": {"type": "video", "size": 16, "frames": 4},
     "points": {"type": "points", "count": 32},
+    "metadata": {
+        "type": "metadata",
+        "fields": [
+            {"name": "age", "low": 0, "high": 9, "bins": 10},
+            {"name": "kind", "kind": "choice", "choices": ["cat", "dog"]},
+        ],
+    },
+    "vector": {"type": "vector", "size": 40},
 }
 RANDOM = np.random.default_rng(11)
 COLOURS = (np.indices((24, 32)).sum(0)[..., None] * [3, 4, 5]).astype(np.uint8)
@@ -121,6 +129,8 @@ WHOLE: dict[str, dict[str, Callable[[], bytes]]] = {
         ".npy": lambda: npy(CLOUD),
         ".xyz": lambda: "\n".join(" ".join(map(str, row)) for row in CLOUD).encode(),
     },
+    "metadata": {".json": lambda: b'{"age": 3.5, "kind": "dog", "else": null}'},
+    "vector": {".npy": lambda: npy(CLOUD[:, 0].astype(np.float32))},
 }
 
 

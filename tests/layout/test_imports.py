@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LINKS = {"tokenizers", "modalities", "recipes"}
 COMPOSING = {"model", "processor", "train", "check", "bench", "summary", "show", "reconstruct", "cli", "doctor"}
-COMPOSING |= {"tokenizer_model", "data.commands", "testing.modality"}
+COMPOSING |= {"table", "inputs", "embed", "tokenizer_model", "data.commands", "testing.modality"}
 COMPOSING |= {"held_out", "initialise", "bench_data", "tokenize_data", "testing.learning", "auto", "__init__"}
 
 

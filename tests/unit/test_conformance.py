@@ -32,6 +32,8 @@ NEEDED: dict[str, dict[str, Any]] = {
     },
     "palette": {"colours": [2, 4]},
     "points": {"attributes": 3},
+    "regions": {"features": 192, "count": 5},
+    "region_labels": {"classes": 5, "count": 5},
     "feature_map": {"teacher": "timm:vit_tiny_patch16_224"},
     "text": {"vocabulary": WORDS.split(), "length": 12},
 }
@@ -124,6 +126,10 @@ def test_objectives_keep_their_contract(kind: str) -> None:
     if kind == "reconstruct":
         decoder = {"type": "cross_decoder", "width": 48, "depth": 1, "heads": 2}
         settings |= {"decoder": decoder, "targets": {"image": {}, "depth": {"loss": "l1"}}, "balance": "uncertainty"}
+    elif kind == "contrast":
+        settings |= {"width": 8, "sides": {"image": {}, "depth": {}}}
+    elif kind == "match":
+        settings |= {"modalities": names, "swap": {"of": "depth", "group": 2}, "alignment": 0.1}
     elif kind == "autoencode":
         settings |= {"of": "image"}
         names = ("image",)

@@ -30,6 +30,7 @@ PARTS = {
     "coders": ("Passage", "from m3.coders import Vit as Base"),
     "quantisers": ("Rounding", "from m3.quantize import Fsq as Base"),
     "decoders": ("Slim", "from m3.heads import SelfDecoder as Base"),
+    "tasks": ("Guess", "from m3.evaluate.tasks.predict import Predict as Base"),
 }
 
 

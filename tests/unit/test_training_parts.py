@@ -23,6 +23,13 @@ def test_learning_rate_by_hand() -> None:
     assert learning_rate(13, plan) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi * 0.9)))
 
 
+def test_milestones_take_the_place_of_the_cosine() -> None:
+    plan = plan_run(TrainSpec(epochs=8, batch_size=10, lr=2.0, warmup=1, milestones=(5, 7)), samples=100, world=1)
+    assert (plan.steps, plan.warmup, plan.milestones) == (80, 10, (50, 70))
+    rates = [learning_rate(step, plan) for step in (5, 10, 49, 50, 69, 70, 79)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 0.2, 0.2, 0.02, 0.02])
+
+
 def test_the_papers_learning_rate_and_length() -> None:
     """MAE: 1.5e-4 x 4096 / 256 = 2.4e-3; 1600 epochs of 1,281,167 images; 64 processes of 64."""
     plan = plan_run(load_recipe("mae_vit_b").train, samples=1_281_167, world=64)

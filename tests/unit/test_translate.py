@@ -258,6 +258,7 @@ def test_what_is_seen_says_nothing_of_what_is_predicted():
         ({"outputs": ["codes", "image"]}, "outputs names `image`, whose tokens hold no single class id"),
         ({"outputs": ["code"]}, r"outputs names `code`.* Did you mean `codes`"),
         ({"weights": {"image": 1.0}}, "weights names `image`, which is not in `outputs`"),
+        ({"backbone": {"norm": "post", "final_norm": False}}, "set backbone.norm=pre"),
         ({"backbone": {"modality_embedding": False}}, "set backbone.modality_embedding=true"),
         (
             {"modalities": {"image": {**IMAGE, "positions": {"type": "rotary"}}, "codes": CODES}},

@@ -1,4 +1,4 @@
-"""What is derived from a rendered frame: boxes around the visible objects, normals as the camera sees them.
+"""What is derived from a rendered frame: boxes and regions of the visible objects, normals as the camera sees them.
 
 Letters: H height, W width.
 """
@@ -9,7 +9,10 @@ import numpy as np
 
 from m3.data.world.caption import SEEN_PIXELS
 from m3.data.world.render import Frame
-from m3.data.world.scene import Camera, Scene
+from m3.data.world.scene import SHAPES, Camera, Scene
+
+CELLS, SURE = 8, 0.8
+"""Places along a side of a region's box whose pixels are its feature, and probability of its true label."""
 
 Box = tuple[str, float, float, float, float]
 """Label, x0, y0, x1, y1: edges as shares of the picture's width and height in [0, 1], from its top left corner."""
@@ -36,3 +39,27 @@ def camera_normals(camera: Camera, frame: Frame) -> np.ndarray:
     """Return the unit normals float32 (H, W, 3) in the camera's frame: x right, y up, z towards the viewer."""
     right, up, forward = camera.axes()
     return frame.normals @ np.stack([right, up, -forward], 1)
+
+
+def regions(scene: Scene, frame: Frame) -> dict[str, np.ndarray]:
+    """Return what a detector would say of the visible objects, the largest box first.
+
+    Returns:
+        `features` float32 (R, 3 * CELLS ** 2), the box's pixels in [0, 1] at CELLS x CELLS places, row by row; `boxes`
+        float32 (R, 4), x0, y0, x1, y1 as in `boxes`; `soft_labels` float32 (R, 1 + shapes), background first: SURE for
+        the true shape, the rest shared out evenly.
+    """
+    found = boxes(scene, frame)
+    height, width = frame.instance.shape
+    steps = (np.arange(CELLS) + 0.5) / CELLS
+    features, labels = [], []
+    for label, x0, y0, x1, y1 in found:
+        rows = ((y0 + steps * (y1 - y0)) * height).astype(int)
+        columns = ((x0 + steps * (x1 - x0)) * width).astype(int)
+        features.append(frame.image[np.ix_(rows, columns)].astype(np.float32).ravel() / 255)
+        labels.append([SURE if shape == label else (1 - SURE) / len(SHAPES) for shape in ("background", *SHAPES)])
+    return {
+        "features": np.array(features, np.float32).reshape(len(found), 3 * CELLS**2),
+        "boxes": np.array([box[1:] for box in found], np.float32).reshape(len(found), 4),
+        "soft_labels": np.array(labels, np.float32).reshape(len(found), 1 + len(SHAPES)),
+    }

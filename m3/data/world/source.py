@@ -13,7 +13,7 @@ import numpy as np
 from m3.data.recording import Clip
 from m3.data.world.caption import SEEN_PIXELS, caption
 from m3.data.world.cloud import sample_points
-from m3.data.world.derived import boxes, camera_normals
+from m3.data.world.derived import boxes, camera_normals, regions
 from m3.data.world.render import Frame, render
 from m3.data.world.scene import COLOURS, SHAPES, Scene, Split, generator, sample_scene
 from m3.data.world.sound import record, strikes, struck
@@ -46,7 +46,7 @@ USUAL = Offer()
 class WorldSource:
     """Scenes 0 ... length - 1 of a split, rendered when they are read."""
 
-    SIGNALS = ("image", "depth", "semantic_map", "text", "video", "audio", "points", "normals", "boxes")
+    SIGNALS = ("image", "depth", "semantic_map", "text", "video", "audio", "points", "normals", "boxes", "regions")
     CLASS_NAMES = ("sky", "ground", *SHAPES)
     PALETTE = ((140, 190, 240), (110, 110, 110), (220, 50, 50), (50, 180, 70), (60, 90, 230), (240, 200, 40))
     """RGB in 0 ... 255 to paint each class of a semantic map with; it says nothing of the colours of the objects."""
@@ -89,7 +89,7 @@ class WorldSource:
         Returns:
             `signals`: those that were asked for of image uint8 (H, W, 3), depth float32 (H, W) metres, semantic_map
             uint8 (H, W), text, video `Clip`, audio `Sound`, points float32 (P, 6) as `sample_points` says, normals
-            float32 (H, W, 3) in the camera's frame, boxes as `boxes` says;
+            float32 (H, W, 3) in the camera's frame, boxes and regions as functions of the name say;
             `labels`: shape and color of the object with the most pixels, count of visible objects; `id`.
 
         Raises:
@@ -125,6 +125,7 @@ class WorldSource:
             "points": lambda: sample_points(scene, self._random(index, POINTS), offer.points),
             "normals": lambda: camera_normals(scene.camera, frame),
             "boxes": lambda: boxes(scene, frame),
+            "regions": lambda: regions(scene, frame),
         }
         return {name: make[name]() for name in self.signals}
 

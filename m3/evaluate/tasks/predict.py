@@ -5,6 +5,7 @@ Letters: B batch, N tokens of a modality, P values per token, C channels, K clas
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -31,12 +32,15 @@ class Predict(Task):
                 that the encoder did not see count.
             baseline: `neighbours`: mean of the visible tokens around; `constant`: the training mean or most
                 frequent class; `average_map`: the same, position by position; `patch_mean`: the patch's own mean,
-                for a target of normalised patches, where it has error 1.
+                for a target of normalised patches, where it has error 1; `without`: the same model, asked for the
+                same positions, but not shown the modalities that `without` names.
+            without: modalities that only the model sees, not the baseline; what they help.
         """
 
         target: str
         visible: dict[str, Amount] | None = None
-        baseline: Literal["neighbours", "constant", "average_map", "patch_mean"] = "constant"
+        baseline: Literal["neighbours", "constant", "average_map", "patch_mean", "without"] = "constant"
+        without: tuple[str, ...] = ()
 
     def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
         super().__init__(spec, name, model, seed)
@@ -63,8 +67,18 @@ class Predict(Task):
             self.average, self._seen = average(self._seen, signal, modality), []
         objective = objective_of(self.model, self.spec.target)
         result = self.model.reconstruct(batch, self.spec.visible, self.seed, objective)
-        own, theirs = self._score(batch, result)
+        blind = self._blind(batch, objective) if self.spec.without else None
+        own, theirs = self._score(batch, result, blind)
         self._sums = (own, theirs) if self._sums is None else (self._sums[0] + own, self._sums[1] + theirs)
+
+    def _blind(self, batch: Batch, objective: str) -> Tensor:
+        """Predict the target from the same tokens, without the modalities that the baseline is not shown."""
+        hidden, visible = self.spec.without, self.spec.visible
+        signals = {name: raw for name, raw in batch.signals.items() if name not in hidden}
+        shown = None if visible is None else {name: share for name, share in visible.items() if name not in hidden}
+        return self.model.reconstruct(replace(batch, signals=signals), shown, self.seed, objective).predicted[
+            self.spec.target
+        ]
 
     def rows(self) -> list[Row]:
         """Return one row."""
@@ -92,6 +106,13 @@ class Predict(Task):
             raise M3Error(f"{where}.visible: `{unknown[0]}` is no input of the objective.{nearest(unknown[0], inputs)}")
         if visible.get(modality) == 1.0 and isinstance(visible[modality], float):  # the number 1 is one token
             raise M3Error(f"{where}.visible: all of `{modality}` is seen, so nothing is left to predict; lower it.")
+        if (task.baseline == "without") != bool(task.without):
+            raise M3Error(f"{where}: `baseline: without` and a list `without` belong together; give both or neither.")
+        unknown = [other for other in task.without if other not in inputs or other == modality]
+        if unknown:
+            raise M3Error(
+                f"{where}.without: `{unknown[0]}` is no other input of the objective.{nearest(unknown[0], inputs)}"
+            )
         is_relative = any(predictor.is_relative.get(task.target) for predictor in predictors(model))
         if is_relative != (task.baseline == "patch_mean"):
             raise M3Error(
@@ -105,31 +126,32 @@ class Predict(Task):
                 f"input of the objective; use `constant`."
             )
 
-    def _score(self, batch: Batch, result: Reconstruction) -> tuple[Tensor, Tensor]:
+    def _score(self, batch: Batch, result: Reconstruction, blind: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the sums of the model and of the baseline over the positions that the encoder did not see."""
         model, task, name = self.model, self.spec, self.modality
         modality, tokens = model.modalities[name], result.tokens[name]
         is_asked = torch.ones(tokens.values.shape[:2], dtype=torch.bool, device=model.device)
-        if name in result.is_visible:
-            is_asked = ~result.is_visible[name]
+        place = next(p for p in predictors(model) if task.target in p.modality_of).place_of(task.target)
+        if place in result.is_visible:
+            is_asked = ~result.is_visible[place]
         if tokens.is_valid is not None:
             is_asked = is_asked & tokens.is_valid
         if task.baseline == "patch_mean":
             return _relative_errors(model, task.target, tokens, is_asked, result)
-        if task.baseline == "neighbours":
-            guess = neighbours(model.tokens_hold(name), tokens, result.is_visible[name])
-        else:
-            assert self.average is not None, "`fit` comes first"
-            guess = constant(self.average, task.baseline == "average_map", tokens)
         size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
 
         def signal(values: Tensor) -> Tensor:
             return model.tokenizers[name].detokenize(values, tokens.positions, size)  # type: ignore[operator]
 
+        if blind is not None:
+            guess = blind
+        elif task.baseline == "neighbours":
+            guess = signal(neighbours(model.tokens_hold(name), tokens, result.is_visible[name]))
+        else:
+            assert self.average is not None, "`fit` comes first"
+            guess = signal(constant(self.average, task.baseline == "average_map", tokens))
         truth, weight = signal(tokens.values), model.spread(name, is_asked, tokens, size)
-        return modality.score(result.predicted[task.target], truth, weight), modality.score(
-            signal(guess), truth, weight
-        )
+        return modality.score(result.predicted[task.target], truth, weight), modality.score(guess, truth, weight)
 
 
 def predictors(model: M3Model) -> list[Predictor]:

@@ -1,0 +1,100 @@
+"""`m3 compare`: what several runs had reached after equally many steps, and after equally much time of training."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from m3.errors import M3Error
+from m3.progress import HELD_OUT
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation of a run.
+
+    Attributes:
+        step: after which it was made.
+        seconds: of training until then; evaluations and checkpoints take none.
+        values: task -> what the model reached on held-out samples.
+    """
+
+    step: int
+    seconds: float
+    values: dict[str, float]
+
+
+def compare(runs: list[Path]) -> list[dict[str, Any]]:
+    """Print one row per run and return the same figures.
+
+    The steps are the most that all runs were evaluated at; the time is that of the run that trained the shortest, and
+    counts the last evaluation of each run within it.
+
+    Args:
+        runs: folders of runs; evaluations during training (`evaluate.every`) make the comparison finer.
+
+    Raises:
+        M3Error: a folder without metrics or evaluations, or runs that share no task or step.
+    """
+    found = {run.name: _evaluations(run) for run in runs}
+    if len(found) < 2 or len(found) < len(runs):
+        raise M3Error("compare: give at least two runs of different names.")
+    tasks = [task for task in next(iter(found.values()))[0].values if all(task in r[0].values for r in found.values())]
+    steps = set.intersection(*({one.step for one in run} for run in found.values()))
+    if not tasks or not steps:
+        raise M3Error("compare: the runs have no task or no evaluated step in common; set the same `evaluate`.")
+    step, seconds = max(steps), min(run[-1].seconds for run in found.values())
+    rows = []
+    for name, run in found.items():
+        at_step = next(one for one in run if one.step == step)
+        at_time = next((one for one in reversed(run) if one.seconds <= seconds), None)
+        rows.append({"run": name, "at step": _row(at_step, tasks), "at time": _row(at_time, tasks)})
+    _print(rows, tasks, step, seconds)
+    return rows
+
+
+def _row(one: Measured | None, tasks: list[str]) -> dict[str, Any] | None:
+    if one is None:
+        return None
+    return {"step": one.step, "seconds": one.seconds} | {task: one.values[task] for task in tasks}
+
+
+def _evaluations(run: Path) -> list[Measured]:
+    """Read the evaluations of a run, in order."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise M3Error(f"compare: {run} is no folder of a run: it has no metrics.jsonl; give e.g. runs/clip_tiny.")
+    seconds, found = 0.0, {}
+    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+        if "samples_per_second" in line and "seconds" not in line:
+            raise M3Error(f"compare: {run} was trained before runs noted their seconds; train it again.")
+        seconds += line.get("seconds", 0.0)
+        values = {key.removeprefix(HELD_OUT): value for key, value in line.items() if key.startswith(HELD_OUT)}
+        if values:
+            found[line["step"]] = Measured(line["step"], seconds, values)
+    if not found:
+        raise M3Error(f"compare: {run} was never evaluated; give its recipe `evaluate.tasks` and held-out samples.")
+    return list(found.values())
+
+
+def _print(rows: list[dict[str, Any]], tasks: list[str], step: int, seconds: float) -> None:
+    table = Table(title=f"Held-out samples after {step} steps, and after {seconds:.0f} s of training")
+    table.add_column("run")
+    columns = ["seconds", *(f"{task}\nat {step} steps" for task in tasks)]
+    columns += [f"steps in {seconds:.0f} s", *(f"{task}\nin {seconds:.0f} s" for task in tasks)]
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        at_step, at_time = row["at step"], row["at time"]
+        cells = [f"{at_step['seconds']:.0f}", *(f"{at_step[task]:.3f}" for task in tasks)]
+        if at_time is None:
+            cells += ["none yet", *("" for _ in tasks)]
+        else:
+            cells += [str(at_time["step"]), *(f"{at_time[task]:.3f}" for task in tasks)]
+        table.add_row(row["run"], *cells)
+    Console().print(table)

@@ -1,0 +1,59 @@
+"""`m3 table`: what it says of a run, and of a folder that is none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from m3.check import shrink
+from m3.cli import main
+from m3.plugins import View
+from m3.recipe import load_recipe
+from m3.table import hides, seconds
+from m3.train import train
+
+
+@pytest.mark.parametrize(
+    ("masking", "words"),
+    [
+        ({"type": "fixed", "visible": 0.25}, "75% of image, text"),
+        ({"type": "dirichlet", "visible": 98}, "all but 98 tokens of image, text"),
+        ({"type": "fixed", "visible": {"text": 0.85, "image": 1.0}, "hidden": "mix"}, "15% of text, replaced"),
+        ({"type": "fixed", "visible": 0.1, "scorer": {"type": "tube"}}, "90% of image, text, by tube"),
+        ({"type": "fixed", "visible": 1.0}, "nothing"),
+    ],
+)
+def test_a_view_says_what_it_hides(masking, words):
+    assert hides(View(("image", "text"), json.dumps(masking))) == words
+
+
+def test_training_time_is_that_between_lines_of_metrics():
+    recipe = load_recipe("mae_tiny", ["train.batch_size=20"])
+    lines = [
+        {"step": 1, "lr": 0.1},
+        {"step": 11, "lr": 0.1, "samples_per_second": 100.0},
+        {"step": 11, "held_out/x": 1.0},
+        {"step": 21, "lr": 0.1, "samples_per_second": 50.0},
+    ]
+    assert seconds(lines, recipe) == pytest.approx(2.0 + 4.0)
+
+
+def test_a_finished_run_is_a_line(tmp_path, capsys):
+    recipe = shrink(load_recipe("quickstart"), tmp_path / "run")
+    train(recipe, is_shown=False)
+    assert main(["table", str(tmp_path / "run")]) == 0
+    head, rule, line = capsys.readouterr().out.strip().splitlines()
+    assert head.startswith("| recipe | hides | predicts |")
+    assert set(rule) == set("|- ")
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[0] == "`quickstart`"
+    assert cells[1].endswith("of image, depth, semantic")
+    assert cells[2] == "image, depth, semantic"
+    assert cells[4] == "3"
+    assert len(cells[6].split("; ")) == len(recipe.evaluate.tasks)
+
+
+def test_another_folder_is_refused(tmp_path, capsys):
+    assert main(["table", str(tmp_path)]) == 2
+    assert "is no folder of a finished run" in capsys.readouterr().err
