@@ -79,6 +79,8 @@ def check(recipe: Recipe) -> None:
 
 
 def _small_decoder(decoder: dict[str, Any]) -> dict[str, Any]:
+    if "same_as" in decoder:
+        return decoder
     known = find("decoders", decoder["type"]).Spec.model_fields  # type: ignore[attr-defined]  # every part has one
     if decoder["type"] == "head":  # as wide as the network, which its weights may be tied to
         return {**decoder, "hidden": WIDTH} if decoder.get("hidden") else decoder

@@ -42,6 +42,11 @@ class Masker:
         hidden = settings.pop("hidden", "drop")
         if hidden not in get_args(Hidden):
             raise M3Error(f"masking.hidden: `{hidden}` is not known.{nearest(str(hidden), get_args(Hidden))}")
+        if hidden != "drop" and settings.get("decode"):
+            raise M3Error(
+                f"masking.decode: with `hidden: {hidden}` the targets say what is hidden, so all hidden tokens are "
+                f"asked for; remove `decode` or use `hidden: drop`."
+            )
         self.hidden: Hidden = hidden
         self.classes = classes
         self.budget = settings.get("visible")

@@ -13,6 +13,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -162,6 +163,22 @@ def assemble(
     filled = torch.cat(list(is_filled.values()), dim=1)
     order = torch.argsort(~filled, dim=1, stable=True)[:, :length]
     return MaskPlan(visible, target, is_target, order, None if all_valid else take(filled, order))
+
+
+def thinned(
+    plan: MaskPlan, tokens: dict[str, Tokens], is_visible: dict[str, Tensor], scores: dict[str, Tensor], share: float
+) -> MaskPlan:
+    """Ask for a share of all tokens only, those with the lowest scores; of these, hidden ones are targets.
+
+    So every sample is asked for equally many, whatever its mask (Wang et al. 2023, equations 2 and 3).
+    """
+    target, is_target = {}, {}
+    for name, part in tokens.items():
+        is_asked = existing(rank(scores[name], part.is_valid) < valid_quota(share, part), part)
+        order = torch.argsort(~is_asked, dim=1, stable=True)
+        target[name] = order[:, : amount(share, part.count)]
+        is_target[name] = take(is_asked & ~is_visible[name], target[name])
+    return replace(plan, target=target, is_target=is_target)
 
 
 def existing(mask: Tensor, part: Tokens) -> Tensor:

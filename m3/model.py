@@ -189,11 +189,14 @@ class M3Model(Network):
             return part
         return replace(part, is_valid=part.is_valid | ~batch.is_present[name].unsqueeze(1))
 
+    def detokenize(self, name: str, values: Tensor, tokens: Tokens, size: tuple[int, ...]) -> Tensor:
+        """Put values (B, N, P) at the places of `tokens` of modality `name` together to signals of `size`."""
+        return self._tokenizer(name).detokenize(values, tokens.positions, size)
+
     def spread(self, name: str, is_token: Tensor, tokens: Tokens, size: tuple[int, ...]) -> Tensor:
         """Return (B, *size) bool per position of the signal from (B, N) bool per token of modality `name`."""
         values = is_token.unsqueeze(-1).expand(tokens.values.shape)
-        x = self._tokenizer(name).detokenize(values, tokens.positions, size)
-        return self.modalities[name].signal.without_channels(x)
+        return self.modalities[name].signal.without_channels(self.detokenize(name, values, tokens, size))
 
     def _size(self, batch: Batch, name: str) -> tuple[int, ...]:
         modality = self.modalities[name]

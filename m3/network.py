@@ -25,6 +25,7 @@ from m3.parts import build_spec
 from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
 from m3.positions import Marks, Rotary, build_positions
 from m3.random import Draws
+from m3.sharing import check_readers, readers
 from m3.types import HIDDEN, Batch, Encoded, Loss, MaskPlan, Tokens, take
 
 
@@ -100,23 +101,27 @@ class Network(PreTrainedModel):
             name: read_settings(TowerSpec, tower, f"towers.{name}") for name, tower in (config.towers or {}).items()
         }
         self.tower_of = _tower_of(towers, self.modalities)
+        self.reader_of = readers(config.modalities)
         self.tokenizers = nn.ModuleDict()
         self.positions = nn.ModuleDict()
-        for name, modality in self.modalities.items():
-            tower = towers.get(self.tower_of[name], spec)
-            where = f"modalities.{name}.tokenizer"
-            if "tokenizer" not in config.modalities[name]:
-                raise M3Error(f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`.")
-            part, settings = build_spec("tokenizers", config.modalities[name]["tokenizer"], where)
-            tokenizer = self.tokenizers[name] = part(settings, modality.signal, tower.width)
+        for name in dict.fromkeys(self.reader_of.values()):
+            tower, signal = towers.get(self.tower_of[name], spec), self.modalities[name].signal
+            entry = config.modalities[name]["tokenizer"]
+            part, settings = build_spec("tokenizers", entry, f"modalities.{name}.tokenizer")
+            tokenizer = self.tokenizers[name] = part(settings, signal, tower.width)
             config.modalities[name]["tokenizer"] |= tokenizer.pinned
             tokenizer.positions = config.modalities[name].get("positions", tokenizer.positions)
             tokenizer.tower = tower
+        tokenizers = {name: self._tokenizer(name) for name in self.modalities}
+        check_readers(self.reader_of, tokenizers, self.modalities, self.tower_of)
         objectives = {}
         for name, entry in config.objectives.items():
             part, settings = build_spec("objectives", entry, f"objectives.{name}")
             with within(f"objectives.{name}"):
-                objectives[name] = part(settings, dict(self.tokenizers.items()), spec)
+                objectives[name] = part(settings, tokenizers, spec)
+        for name, objective in objectives.items():
+            with within(f"objectives.{name}"):
+                objective.borrow(objectives)
         self.views: dict[View, Masker] = {}
         for name, objective in objectives.items():
             for view in objective.views:
@@ -131,7 +136,8 @@ class Network(PreTrainedModel):
         hidden = {name for view, mask in self.views.items() for name in view.modalities if mask.hides(name)}
         for name in self.modalities if self.views else ():
             tower = towers.get(self.tower_of[name], spec)
-            self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
+            if self.reader_of[name] == name:
+                self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
             if tower.modality_embedding:
                 self.modality_embeddings[name] = nn.Parameter(torch.empty(1, tower.width))
             if name in hidden:
@@ -141,7 +147,8 @@ class Network(PreTrainedModel):
                 self.towers[tower] = Backbone(towers[tower])
             else:
                 self.backbone = Backbone(spec)
-        self.marks = Marks(self.positions, self.modality_embeddings)
+        places = {n: self.positions[own] for n, own in self.reader_of.items() if own in self.positions}
+        self.marks = Marks(places, self.modality_embeddings)
         for objective in objectives.values():
             objective.marks = self.marks
         self.objectives = nn.ModuleDict(objectives)
@@ -290,7 +297,7 @@ class Network(PreTrainedModel):
         slots, angles = {}, {}
         for name, index in plan.visible.items():
             x = self._embed(name, take(tokens[name].values, index), plan.shown.get(name))
-            place = self.positions[name]
+            place = self.positions[self.reader_of[name]]
             if isinstance(place, Rotary):
                 table = place.angles(tokens[name].positions, tower.head_width)
                 angles[name] = take(table, plan.place.get(name, index)).expand(len(x), -1, -1)
@@ -353,7 +360,7 @@ class Network(PreTrainedModel):
                 part.requires_grad_(False)
 
     def _tokenizer(self, name: str) -> Tokenizer:
-        return self.tokenizers[name]  # type: ignore[return-value]  # ModuleDict forgets the class of its values
+        return self.tokenizers[self.reader_of[name]]  # type: ignore[return-value]  # ModuleDict forgets the class
 
     def _objectives(self) -> dict[str, Objective]:
         return dict(self.objectives.items())  # type: ignore[arg-type]  # as above

@@ -5,7 +5,7 @@ gives the same masks whether it is cut into 1 x 8, 2 x 4 or spread over two proc
 random state, and the same seed gives the same masks on a CPU and on a GPU.
 
 The hash is the finaliser of splitmix64 (Steele, Lea, Flood 2014), two rounds; int64 arithmetic wraps.
-Letters: B batch, n draws per sample.
+Letters: B batch, n draws per sample, M parameters.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from m3.types import Batch
 
 BASELINES = {
     "neighbours": "neighbours: mean of the visible patches around a hidden one",
+    "nearest": "nearest: the visible token nearest to a hidden one, in space and time, once more",
     "constant": "constant: the training mean, median or most frequent class",
     "average_map": "average map: the training mean, median or most frequent class of each place",
     "patch_mean": "patch mean: the hidden patch's own mean",
@@ -129,7 +130,7 @@ def _draw_values(
         size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
     known = tokens.is_valid if is_known is None else is_known
     spread = None if known is None else model.spread(name, known, tokens, size)[sample]
-    signal = model.tokenizers[name].detokenize(values, tokens.positions, size)  # type: ignore[operator]
+    signal = model.detokenize(name, values, tokens, size)
     return modality.show(signal[sample], spread)
 
 

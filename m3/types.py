@@ -90,6 +90,7 @@ class Tokens:
         is_valid: (B, N) bool, or None when every token exists.
         group: (B, N) int64 in [0, N): tokens of a sample with equal numbers only make sense together (the pieces
             of a word); None when every token stands alone.
+        counts: tokens along each axis, the last one fastest, where they fill a grid; None where they don't.
         sentinels: class ids that stand for hidden spans and their end; None when the tokens are no sequence.
     """
 
@@ -97,6 +98,7 @@ class Tokens:
     positions: Tensor
     is_valid: Tensor | None = None
     group: Tensor | None = None
+    counts: tuple[int, ...] | None = None
     sentinels: range | None = None
 
     @property

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field
 
-from m3.masking import Amount, Selection, amount, assemble, build_scorer, check_names, rank, valid_quota
+from m3.masking import Amount, Selection, amount, assemble, build_scorer, check_names, rank, thinned, valid_quota
 from m3.plugins import Strict
-from m3.random import Draws
+from m3.random import Draws, stream_number
 from m3.types import MaskPlan, Tokens
+
+
+class Decode(Strict):
+    """The part of the tokens that a decoder predicts, of those that the encoder sees too.
+
+    Attributes:
+        share: of all tokens, rounded down.
+        scorer: what ranks the tokens; those with low scores are decoded.
+    """
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    scorer: dict = Field(default={"type": "running_cell"})
 
 
 class Fixed(Selection):
@@ -25,15 +39,19 @@ class Fixed(Selection):
             whole: tokens that only make sense together (the pieces of a word) are seen or hidden together; a
                 sample sees fewer tokens than the budget where the next group does not fit.
             scorer: what ranks the tokens.
+            decode: ask for a part of the tokens only (VideoMAE V2's dual masking); no loss asks for those among them
+                that the encoder sees. null: ask for all hidden tokens.
         """
 
         visible: Amount | dict[str, Amount] = 0.25
         whole: bool = False
         scorer: dict = Field(default={"type": "uniform"})
+        decode: Decode | None = None
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self.scorer = build_scorer(spec.scorer)
+        self.decoded = build_scorer(spec.decode.scorer) if spec.decode else None
 
     def check(self, names: tuple[str, ...]) -> None:
         """Raise M3Error when a budget names a modality that is not there or leaves one out."""
@@ -51,4 +69,9 @@ class Fixed(Selection):
             group = part.group if self.spec.whole else None
             is_visible[name] = rank(scores[name], part.is_valid, group) < quota
         is_ragged = self.spec.whole and any(part.group is not None for part in tokens.values())
-        return assemble(tokens, is_visible, slots, sum(slots.values()), is_ragged)
+        plan = assemble(tokens, is_visible, slots, sum(slots.values()), is_ragged)
+        if self.spec.decode is None or self.decoded is None:
+            return plan
+        # Noise of its own: under the same, a decoder would be asked for what the encoder sees.
+        scores = self.decoded(tokens, Draws(draws.keys, stream_number(f"decode/{draws.seed}")))
+        return thinned(plan, tokens, is_visible, scores, self.spec.decode.share)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pydantic import PositiveFloat, PositiveInt
+
 from m3.data.source import Sample, Source, Split
 from m3.data.world import WorldSource
 from m3.data.world.source import USUAL, Offer
-from m3.errors import M3Error
+from m3.errors import M3Error, read_settings
 from m3.parts import type_name
-from m3.plugins import Modality
+from m3.plugins import Modality, Strict
 from m3.recipe import DataSpec
 
 ENDLESS = 1_000_000
@@ -17,13 +19,29 @@ PICTURES = ("image", "depth", "semantic_map", "video", "normals")
 """Types whose signals end in height and width."""
 
 
+class Options(Strict):
+    """`data.options` of source `world`.
+
+    Attributes:
+        frames: of a video; a sound lasts as long, frames / fps seconds.
+        fps: frames per second.
+        sound_rate: samples of sound per second.
+        points: of a cloud.
+    """
+
+    frames: PositiveInt = USUAL.frames
+    fps: PositiveFloat = USUAL.fps
+    sound_rate: PositiveInt = USUAL.sound_rate
+    points: PositiveInt = USUAL.points
+
+
 class World(Source):
     """Procedural scenes, made on the fly. A modality gets the signal of its type, whatever its name."""
 
-    def __init__(
-        self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split, offer: Offer = USUAL
-    ) -> None:
+    def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
+        options = read_settings(Options, spec.options, "data.options")
+        offer = Offer(**options.model_dump())
         self.types = {name: part.reads or type_name(type(part).__name__) for name, part in modalities.items()}
         for name, kind in self.types.items():
             if kind not in WorldSource.SIGNALS:

@@ -14,6 +14,7 @@ from m3.data.recording import Clip
 from m3.data.world.caption import SEEN_PIXELS, caption
 from m3.data.world.cloud import sample_points
 from m3.data.world.derived import boxes, camera_normals, regions
+from m3.data.world.motion import DIRECTIONS, SPEEDS, motion_labels
 from m3.data.world.render import Frame, render
 from m3.data.world.scene import COLOURS, SHAPES, Scene, Split, generator, sample_scene
 from m3.data.world.sound import record, strikes, struck
@@ -54,6 +55,8 @@ class WorldSource:
         "shape": SHAPES,
         "color": tuple(COLOURS),
         "count": ("0", "1", "2", "3", "4", "5"),
+        "direction": DIRECTIONS,
+        "speed": SPEEDS,
     }
 
     def __init__(
@@ -90,7 +93,8 @@ class WorldSource:
             `signals`: those that were asked for of image uint8 (H, W, 3), depth float32 (H, W) metres, semantic_map
             uint8 (H, W), text, video `Clip`, audio `Sound`, points float32 (P, 6) as `sample_points` says, normals
             float32 (H, W, 3) in the camera's frame, boxes and regions as functions of the name say;
-            `labels`: shape and color of the object with the most pixels, count of visible objects; `id`.
+            `labels`: shape and color of the object with the most pixels, count of visible objects, direction and speed
+            of that object in the picture from the first to the last frame of the video; `id`.
 
         Raises:
             IndexError: for an index outside 0 ... length - 1.
@@ -102,13 +106,15 @@ class WorldSource:
         scene = sample_scene(self.seed, index, self.split)
         frame = render(scene, self.height, self.width)
         seen = np.bincount(frame.instance.ravel(), minlength=len(scene.objects) + 1) / frame.instance.size
-        main = scene.objects[int(seen[1:].argmax())]
+        number = int(seen[1:].argmax())
+        main, duration = scene.objects[number], (self.offer.frames - 1) / self.offer.fps
         return {
             "signals": self._signals(index, scene, frame, seen),
             "labels": {
                 "shape": SHAPES.index(main.shape),
                 "color": list(COLOURS).index(main.colour),
                 "count": int((seen[1:] >= SEEN_PIXELS).sum()),
+                **motion_labels(scene, number, duration),
             },
             "id": f"world/{self.split}/{index:06d}",
         }
