@@ -65,13 +65,14 @@ class Masker:
         self, tokens: dict[str, Tokens], visible: float | Mapping[str, float | Tensor], draws: Draws
     ) -> MaskPlan:
         """Make a plan from what the encoder shall see, for inference; `visible` as in `M3Model.reconstruct`."""
-        return self._show(
-            masking.explicit(tokens, masking.masks(tokens, visible, draws)), tokens, draws, is_mixed=False
-        )
+        plan = self.select.explicit(tokens, masking.masks(tokens, visible, draws))
+        return self._show(plan, tokens, draws, is_mixed=False)
 
     def _show(self, plan: MaskPlan, tokens: dict[str, Tokens], draws: Draws, is_mixed: bool = True) -> MaskPlan:
         if self.hidden == "drop":
             return plan
+        if plan.asked:
+            raise M3Error(f"masking.hidden: `{self.hidden}` can't show runs of {', '.join(plan.asked)}; use `drop`.")
         if not is_mixed:  # what training never hides has no mask token: it is dropped
             tokens = {
                 n: part if self.hides(n) else _without(part, _hidden(plan, n, part)) for n, part in tokens.items()

@@ -23,7 +23,7 @@ from m3.masker import Masker
 from m3.partners import Swap, draw_partners, swapped
 from m3.parts import build_spec
 from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
-from m3.positions import Rotary, build_positions
+from m3.positions import Marks, Rotary, build_positions
 from m3.random import Draws
 from m3.sharing import check_readers, readers
 from m3.types import HIDDEN, Batch, Encoded, Loss, MaskPlan, Tokens, take
@@ -147,6 +147,10 @@ class Network(PreTrainedModel):
                 self.towers[tower] = Backbone(towers[tower])
             else:
                 self.backbone = Backbone(spec)
+        places = {n: self.positions[own] for n, own in self.reader_of.items() if own in self.positions}
+        self.marks = Marks(places, self.modality_embeddings)
+        for objective in objectives.values():
+            objective.marks = self.marks
         self.objectives = nn.ModuleDict(objectives)
         for view in self.views:
             self._check_swap(view)
@@ -296,12 +300,8 @@ class Network(PreTrainedModel):
             place = self.positions[self.reader_of[name]]
             if isinstance(place, Rotary):
                 table = place.angles(tokens[name].positions, tower.head_width)
-                angles[name] = take(table, index).expand(len(x), -1, -1)
-            else:
-                x = x + take(place(tokens[name].positions), index)
-            if name in self.modality_embeddings:
-                x = x + self.modality_embeddings[name]
-            slots[name] = x.to(self.dtype)
+                angles[name] = take(table, plan.place.get(name, index)).expand(len(x), -1, -1)
+            slots[name] = (x + self.marks.of(name, tokens[name], plan)).to(self.dtype)
         if not angles:
             return tower(plan.pack(slots), plan, layers)
         still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}

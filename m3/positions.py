@@ -8,6 +8,8 @@ Letters: B batch, N tokens, A axes, D width, E width of an attention head.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
@@ -17,6 +19,7 @@ from m3.errors import M3Error
 from m3.linear import Linear
 from m3.parts import build_spec
 from m3.plugins import Strict, Tokenizer
+from m3.types import MaskPlan, Tokens, take
 
 
 def sincos(positions: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
@@ -218,6 +221,27 @@ class Rotary(nn.Module):
             raise M3Error(f"heads of width {head_width} are too narrow for rotary positions over {axes} axes.")
         flat = _angles(positions, frequencies, self.spec.temperature).flatten(-2).to(torch.float32)
         return F.pad(flat, (0, head_width // 2 - flat.shape[-1]))
+
+
+class Marks(NamedTuple):
+    """What the network adds to embedded tokens: where they are, and of which modality.
+
+    Objectives may hold it to add the same once more; no module then has a parameter twice.
+
+    Attributes:
+        positions: modality -> position embedding.
+        modalities: modality -> (1, D) learned vector, where the backbone has one.
+    """
+
+    positions: dict[str, nn.Module]
+    modalities: nn.ParameterDict
+
+    def of(self, name: str, tokens: Tokens, plan: MaskPlan) -> Tensor | float:
+        """Return what is added to the visible slots of a modality (B, S, D); 0 where that is nothing."""
+        mark: Tensor | float = 0.0
+        if not isinstance(self.positions[name], Rotary):
+            mark = take(self.positions[name](tokens.positions), plan.place.get(name, plan.visible[name]))
+        return mark + self.modalities[name] if name in self.modalities else mark
 
 
 def build_positions(tokenizer: Tokenizer, width: int, axis_order: str) -> nn.Module:

@@ -71,16 +71,16 @@ class Draws:
         return _mix(_mix(base.unsqueeze(1) + column.unsqueeze(0)))
 
 
-def log_gamma_variates(alpha: Tensor, draws: Draws, tries: int = 12) -> Tensor:
-    """Return (B, M) logarithms of Gamma(alpha, 1) variates, alpha (M,) > 0, from the batch's own draws.
+def log_gamma_variates(alpha: Tensor, draws: Draws, stream: str, tries: int = 12) -> Tensor:
+    """Return (B, M) logarithms of Gamma(alpha, 1) variates, alpha (M,) or (B, M) > 0, from the batch's own draws.
 
     Marsaglia and Tsang (2000) for alpha + 1, then log g(alpha) = log g(alpha + 1) + log(u) / alpha, which
     does not underflow at small alpha. A try is accepted with probability > 0.95, so twelve tries leave a
     chance below 1e-15 to fall back on the mode; that keeps the shape fixed and the host out of it.
     """
-    batch, count = len(draws.keys), len(alpha)
+    batch, count = len(draws.keys), alpha.shape[-1]
     d = alpha + 1 - 1 / 3
-    u = draws.uniform("gamma", count * (3 * tries + 1)).reshape(batch, count, -1).clamp(min=2.0**-25)
+    u = draws.uniform(stream, count * (3 * tries + 1)).reshape(batch, count, -1).clamp(min=2.0**-25)
     u1, u2, u3 = u[..., :tries], u[..., tries : 2 * tries], u[..., 2 * tries : 3 * tries]
     normal = (-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()
     v = (1 + normal / (3 * d.sqrt()).unsqueeze(-1)) ** 3

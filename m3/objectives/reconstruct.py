@@ -192,6 +192,11 @@ class Reconstruct(Predictor):
         modality, place = self.modality_of[name], self.places[name]
         if modality not in tokens:
             raise M3Error(f"the batch has no `{modality}`, which target `{name}` needs; add it to the data.")
+        if place in plan.asked:
+            raise M3Error(
+                f"the masking asks for `{place}` as a sequence with sentinels, which this objective can't predict; "
+                f"use `type: translate`, or remove its `sentinels`."
+            )
         part = tokens[modality]
         if place in plan.target:
             index, is_target = plan.target[place], plan.is_target.get(place)
