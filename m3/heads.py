@@ -7,11 +7,12 @@ tokens, D width of the encoder, d width of the decoder, P numbers predicted per 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from m3.attention import CrossAttention, key_mask
-from m3.backbone import MLP, BackboneSpec, Block
+from m3.backbone import MLP, BackboneSpec, Block, path_factors
 from m3.errors import M3Error
 from m3.linear import Linear
 from m3.plugins import Strict, Tokenizer
@@ -67,7 +68,7 @@ class SelfDecoder(nn.Module):
                 f"decoder `self_decoder` reads one modality, but the objective sees {', '.join(inputs)} and predicts "
                 f"{modality}; use `cross_decoder`."
             )
-        self.modality = modality
+        self.modality, self.depth, self.backbone = modality, spec.depth, backbone
         self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
         self.embed = Linear(backbone.width, spec.width)
         self.mask_token = nn.Parameter(torch.empty(1, spec.width))
@@ -86,15 +87,19 @@ class SelfDecoder(nn.Module):
         x = self.embed(encoded.sequence)
         rows = torch.cat([x[:, count:], self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
         full = take(rows, restore_index(encoded.plan, self.modality, own.count))
-        full = full + self.positions(own.positions).to(self.mask_token.dtype)
+        place = self.positions(own.positions).to(self.mask_token.dtype)
+        full = full + place
         x = torch.cat([x[:, :count].to(full.dtype), full], dim=1)
         mask = None
         if own.is_valid is not None:
             mask = key_mask(torch.cat([own.is_valid.new_ones(len(x), count), own.is_valid], dim=1))
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, mask)
-        return self.output(self.norm(last(x, mask, keep=index + count)))
+        paths = path_factors(encoded.keys, self.backbone.drop_path, self.depth, f"decoder/{self.modality}/paths")
+        for number, block in enumerate(self.blocks):
+            if number and self.backbone.positions_every_block:
+                x = x + F.pad(place, (0, 0, count, 0))
+            keep = index + count if number == self.depth - 1 else None
+            x = block(x, mask, keep, paths=paths[number])
+        return self.output(self.norm(x))
 
 
 class CrossDecoder(nn.Module):

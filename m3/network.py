@@ -249,18 +249,19 @@ class Network(PreTrainedModel):
     def _encode_views(self, prepared: Prepared, views: Iterable[View]) -> dict[View, Encoded]:
         """Encode every view once; views whose mismatches depend on similarities come last."""
         encoded, waiting = {}, []
+        keys = prepared.draws.numbers("network") if self.training and prepared.draws is not None else None
         for view in views:
             swap = Swap(**json.loads(view.swap)) if view.swap else None
             if swap and swap.by != "random":
                 waiting.append((view, swap))
             else:
-                encoded[view] = self.encode_tokens(prepared.tokens, prepared.plans[view])
+                encoded[view] = self.encode_tokens(prepared.tokens, prepared.plans[view], keys=keys)
         for view, swap in waiting:
             assert prepared.draws is not None, "a view with mismatches by similarity needs the draws of `prepare`"
             with torch.no_grad():
                 similarity = self.objectives[swap.by].similarity(encoded, swap.of)  # type: ignore[operator]
             plan = self._plan(view, prepared.tokens, prepared.draws, similarity)
-            encoded[view] = self.encode_tokens(prepared.tokens, plan)
+            encoded[view] = self.encode_tokens(prepared.tokens, plan, keys=keys)
         return encoded
 
     def after_step(self) -> None:
@@ -268,12 +269,14 @@ class Network(PreTrainedModel):
         for objective in self._objectives().values():
             objective.after_step()
 
-    def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
-        """Embed and encode the visible tokens of one view, and only those."""
+    def encode_tokens(
+        self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = (), keys: Tensor | None = None
+    ) -> Encoded:
+        """Embed and encode the visible tokens of one view, and only those; layers and keys as in `Encoded`."""
         tower = self._tower(tuple(plan.visible))
         if plan.partners is not None:
             tokens = swapped(tokens, plan.partners)
-        slots, angles = {}, {}
+        slots, angles, places = {}, {}, {}
         for name, index in plan.visible.items():
             x = self._embed(name, take(tokens[name].values, index), plan.shown.get(name))
             place = self.positions[name]
@@ -281,14 +284,19 @@ class Network(PreTrainedModel):
                 table = place.angles(tokens[name].positions, tower.head_width)
                 angles[name] = take(table, index).expand(len(x), -1, -1)
             else:
-                x = x + take(place(tokens[name].positions), index)
+                places[name] = take(place(tokens[name].positions), index)
+                x = x + places[name]
             if name in self.modality_embeddings:
                 x = x + self.modality_embeddings[name]
             slots[name] = x.to(self.dtype)
-        if not angles:
-            return tower(plan.pack(slots), plan, layers)
-        still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
-        return tower(plan.pack(slots), plan, layers, plan.pack(still | angles))
+        again = None
+        if tower.spec.positions_every_block:
+            again = plan.pack({name: places.get(name, torch.zeros_like(x)).to(x.dtype) for name, x in slots.items()})
+        turns = None
+        if angles:
+            still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
+            turns = plan.pack(still | angles)
+        return tower(plan.pack(slots), plan, layers, turns, again, keys)
 
     def _embed(self, name: str, values: Tensor, shown: Tensor | None) -> Tensor:
         """Embed token values (B, S, P) -> (B, S, D); `shown` (B, S) says where something else stands in for them."""

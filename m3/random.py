@@ -63,3 +63,7 @@ class Draws:
         base = _mix(self.keys * _signed(_GOLDEN) + _signed(stream_number(stream) ^ (self.seed * _MIX_2)))
         column = torch.arange(1, n + 1, device=self.keys.device) * _signed(_GOLDEN)
         return _mix(_mix(base.unsqueeze(1) + column.unsqueeze(0)))
+
+    def numbers(self, stream: str) -> Tensor:
+        """Return (B,) int64, one number per sample: keys of further draws that know no seed."""
+        return self._bits(stream, 1).squeeze(1)

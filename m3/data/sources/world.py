@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from m3.data.source import Sample, Source, Split
 from m3.data.world import WorldSource
 from m3.data.world.source import USUAL, Offer
-from m3.errors import M3Error
+from m3.errors import M3Error, read_settings
 from m3.parts import type_name
-from m3.plugins import Modality
+from m3.plugins import Modality, Strict
 from m3.recipe import DataSpec
 
 ENDLESS = 1_000_000
@@ -17,6 +20,16 @@ PICTURES = ("image", "depth", "semantic_map", "video", "normals")
 """Types whose signals end in height and width."""
 
 
+class Options(Strict):
+    """`data.options` of source `world`.
+
+    Attributes:
+        objects: `all` of a scene, or of each scene only the `main` one, with the most pixels.
+    """
+
+    objects: Literal["all", "main"] = "all"
+
+
 class World(Source):
     """Procedural scenes, made on the fly. A modality gets the signal of its type, whatever its name."""
 
@@ -24,6 +37,8 @@ class World(Source):
         self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split, offer: Offer = USUAL
     ) -> None:
         super().__init__(spec, modalities, seed, split)
+        options = read_settings(Options, spec.options, "data.options")
+        offer = replace(offer, is_alone=options.objects == "main")
         self.types = {name: part.reads or type_name(type(part).__name__) for name, part in modalities.items()}
         for name, kind in self.types.items():
             if kind not in WorldSource.SIGNALS:
