@@ -151,3 +151,12 @@ def test_the_option_reaches_the_world() -> None:
     assert sample.labels["count"] == 1
     with pytest.raises(M3Error, match=r"data\.options\.objects"):
         open_source(DataSpec(options={"objects": "some"}), known, 0, "train")
+
+
+def test_the_world_gives_as_many_colours_as_are_read() -> None:
+    known = build_modalities(
+        {"plain": {"type": "points", "count": 8}, "coloured": {"type": "points", "count": 8, "attributes": 3}}
+    )
+    signals = open_source(DataSpec(samples=4), known, 0, "train").read(1).signals
+    assert np.array_equal(signals["plain"], signals["coloured"][:, :3])
+    assert signals["coloured"].shape == (1024, 6)

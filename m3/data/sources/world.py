@@ -58,6 +58,8 @@ class World(Source):
         """Render one scene."""
         scene = self.scenes.read(index)
         signals = {name: scene["signals"][kind] for name, kind in self.types.items()}
+        for name in (name for name, kind in self.types.items() if kind == "points"):  # with as many colours as are read
+            signals[name] = signals[name][:, : self.modalities[name].signal.channels]
         return Sample(signals, scene["id"], scene["labels"])
 
 
