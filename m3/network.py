@@ -262,12 +262,13 @@ class Network(PreTrainedModel):
     def _encode_views(self, prepared: Prepared, views: Iterable[View]) -> dict[View, Encoded]:
         """Encode every view once; views whose mismatches depend on similarities come last."""
         encoded, waiting = {}, []
+        keys = prepared.draws.numbers("network") if self.training and prepared.draws is not None else None
         for view in views:
             swap = Swap(**json.loads(view.swap)) if view.swap else None
             if swap and swap.by != "random":
                 waiting.append((view, swap))
             else:
-                encoded[view] = self.encode_tokens(prepared.tokens, prepared.plans[view])
+                encoded[view] = self.encode_tokens(prepared.tokens, prepared.plans[view], keys=keys)
         for view, swap in waiting:
             assert prepared.draws is not None, "a view with mismatches by similarity needs the draws of `prepare`"
             with torch.no_grad():
@@ -276,7 +277,7 @@ class Network(PreTrainedModel):
                         encoded[needed] = self.encode_tokens(prepared.tokens, prepared.plans[needed])
                 similarity = self.objectives[swap.by].similarity(encoded, swap.of)  # type: ignore[operator]
             plan = self._plan(view, prepared.tokens, prepared.draws, similarity)
-            encoded[view] = self.encode_tokens(prepared.tokens, plan)
+            encoded[view] = self.encode_tokens(prepared.tokens, plan, keys=keys)
         return encoded
 
     def _needed(self, view: View) -> tuple[View, ...]:
@@ -289,23 +290,30 @@ class Network(PreTrainedModel):
         for objective in self._objectives().values():
             objective.after_step()
 
-    def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
-        """Embed and encode the visible tokens of one view, and only those."""
+    def encode_tokens(
+        self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = (), keys: Tensor | None = None
+    ) -> Encoded:
+        """Embed and encode the visible tokens of one view, and only those; layers and keys as in `Encoded`."""
         tower = self._tower(tuple(plan.visible))
         if plan.partners is not None:
             tokens = swapped(tokens, plan.partners)
-        slots, angles = {}, {}
+        slots, angles, places = {}, {}, {}
         for name, index in plan.visible.items():
             x = self._embed(name, take(tokens[name].values, index), plan.shown.get(name))
             place = self.positions[self.reader_of[name]]
             if isinstance(place, Rotary):
                 table = place.angles(tokens[name].positions, tower.head_width)
                 angles[name] = take(table, plan.place.get(name, index)).expand(len(x), -1, -1)
+            elif tower.spec.positions_every_block:
+                places[name] = self.marks.place(name, tokens[name], plan)
             slots[name] = (x + self.marks.of(name, tokens[name], plan)).to(self.dtype)
-        if not angles:
-            return tower(plan.pack(slots), plan, layers)
-        still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
-        return tower(plan.pack(slots), plan, layers, plan.pack(still | angles))
+        again = turns = None
+        if tower.spec.positions_every_block:
+            again = plan.pack({name: places.get(name, torch.zeros_like(x)).to(x.dtype) for name, x in slots.items()})
+        if angles:
+            still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
+            turns = plan.pack(still | angles)
+        return tower(plan.pack(slots), plan, layers, turns, again, keys)
 
     def _embed(self, name: str, values: Tensor, shown: Tensor | None) -> Tensor:
         """Embed token values (B, S, P) -> (B, S, D); `shown` (B, S) says where something else stands in for them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import PositiveFloat, PositiveInt
 
 from m3.data.source import Sample, Source, Split
@@ -27,12 +29,14 @@ class Options(Strict):
         fps: frames per second.
         sound_rate: samples of sound per second.
         points: of a cloud.
+        objects: `all` of a scene, or of each scene only the `main` one, with the most pixels.
     """
 
     frames: PositiveInt = USUAL.frames
     fps: PositiveFloat = USUAL.fps
     sound_rate: PositiveInt = USUAL.sound_rate
     points: PositiveInt = USUAL.points
+    objects: Literal["all", "main"] = "all"
 
 
 class World(Source):
@@ -41,7 +45,7 @@ class World(Source):
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
         options = read_settings(Options, spec.options, "data.options")
-        offer = Offer(**options.model_dump())
+        offer = Offer(**options.model_dump(exclude={"objects"}), is_alone=options.objects == "main")
         self.types = {name: part.reads or type_name(type(part).__name__) for name, part in modalities.items()}
         for name, kind in self.types.items():
             if kind not in WorldSource.SIGNALS:
@@ -61,6 +65,8 @@ class World(Source):
         """Render one scene."""
         scene = self.scenes.read(index)
         signals = {name: scene["signals"][kind] for name, kind in self.types.items()}
+        for name in (name for name, kind in self.types.items() if kind == "points"):  # with as many colours as are read
+            signals[name] = signals[name][:, : self.modalities[name].signal.channels]
         return Sample(signals, scene["id"], scene["labels"])
 
 
