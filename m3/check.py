@@ -14,6 +14,7 @@ from m3.checkpoint import newest
 from m3.config import M3Config
 from m3.errors import M3Error
 from m3.model import M3Model
+from m3.parts import find
 from m3.progress import no_progress_bars
 from m3.recipe import Recipe, recipe_from
 from m3.train import train
@@ -105,6 +106,9 @@ def _stand_in(modalities: dict[str, Any], name: str, folder: Path) -> str:
 
 
 def _small_decoder(decoder: dict[str, Any]) -> dict[str, Any]:
+    if "same_as" in decoder:
+        return decoder
+    known = find("decoders", decoder["type"]).Spec.model_fields  # type: ignore[attr-defined]  # every part has one
     if decoder["type"] == "head":  # as wide as the network, which its weights may be tied to
         return {**decoder, "hidden": WIDTH} if decoder.get("hidden") else decoder
-    return {**decoder, "width": 16, "depth": 1, "heads": 2}
+    return decoder | {key: value for key, value in {"width": 16, "depth": 1, "heads": 2}.items() if key in known}

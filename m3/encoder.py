@@ -15,7 +15,7 @@ from m3.backbone import Backbone
 from m3.errors import M3Error
 from m3.partners import swapped
 from m3.plugins import Tokenizer, View
-from m3.positions import Rotary
+from m3.positions import Marks, Rotary
 from m3.types import HIDDEN, Encoded, MaskPlan, Tokens, take
 
 
@@ -26,8 +26,10 @@ class _Encode(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...]) -> Encoded:
-        return self.encoder.encode_tokens(tokens, plan, layers)
+    def forward(
+        self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...], keys: Tensor | None
+    ) -> Encoded:
+        return self.encoder.encode_tokens(tokens, plan, layers, keys)
 
 
 class Encoder(PreTrainedModel):
@@ -40,6 +42,8 @@ class Encoder(PreTrainedModel):
         mask_tokens: modality -> (1, D), where some view replaces hidden tokens.
         towers: name -> transformer of its own for some modalities.
         backbone: the shared transformer; None: no objective has a view.
+        marks: what is added to embedded tokens.
+        reader_of: modality -> the one whose tokenizer and positions read it.
         tower_of: modality -> name of its tower, empty for the backbone.
         teacher: name of a parameter -> its moving average, kept by the trainer; neither trained nor saved with the
             model. None: the parameters themselves.
@@ -51,40 +55,46 @@ class Encoder(PreTrainedModel):
     mask_tokens: nn.ParameterDict
     towers: nn.ModuleDict
     backbone: Backbone | None
+    marks: Marks
+    reader_of: dict[str, str]
     tower_of: dict[str, str]
     teacher: dict[str, Tensor] | None = None
 
-    def encode_view(self, view: View, tokens: dict[str, Tokens], plan: MaskPlan) -> Encoded:
-        """Encode a view, by the model itself or by its teacher."""
+    def encode_view(self, view: View, tokens: dict[str, Tokens], plan: MaskPlan, keys: Tensor | None = None) -> Encoded:
+        """Encode a view, by the model itself or by its teacher; keys as in `Encoded`."""
+        given = (tokens, plan, view.layers, keys)
         if not view.is_teacher:
-            return self.encode_tokens(tokens, plan, view.layers)
+            return self.encode_tokens(*given)
         with torch.no_grad():
             if self.teacher is None:  # nothing has moved yet
-                return self.encode_tokens(tokens, plan, view.layers)
+                return self.encode_tokens(*given)
             weights = {f"encoder.{name}": weight for name, weight in self.teacher.items()}
-            return functional_call(_Encode(self), weights, (tokens, plan, view.layers))
+            return functional_call(_Encode(self), weights, given)
 
-    def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
-        """Embed and encode the visible tokens of one view, and only those."""
+    def encode_tokens(
+        self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = (), keys: Tensor | None = None
+    ) -> Encoded:
+        """Embed and encode the visible tokens of one view, and only those; layers and keys as in `Encoded`."""
         tower = self._tower(tuple(plan.visible))
         if plan.partners is not None:
             tokens = swapped(tokens, plan.partners)
-        slots, angles = {}, {}
+        slots, angles, places = {}, {}, {}
         for name, index in plan.visible.items():
             x = self._embed(name, take(tokens[name].values, index), plan.shown.get(name))
-            place = self.positions[name]
+            place = self.positions[self.reader_of[name]]
             if isinstance(place, Rotary):
                 table = place.angles(tokens[name].positions, tower.head_width)
-                angles[name] = take(table, index).expand(len(x), -1, -1)
-            else:
-                x = x + take(place(tokens[name].positions), index)
-            if name in self.modality_embeddings:
-                x = x + self.modality_embeddings[name]
-            slots[name] = x.to(self.dtype)
-        if not angles:
-            return tower(plan.pack(slots), plan, layers)
-        still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
-        return tower(plan.pack(slots), plan, layers, plan.pack(still | angles))
+                angles[name] = take(table, plan.place.get(name, index)).expand(len(x), -1, -1)
+            elif tower.spec.positions_every_block:
+                places[name] = self.marks.place(name, tokens[name], plan)
+            slots[name] = (x + self.marks.of(name, tokens[name], plan)).to(self.dtype)
+        again = turns = None
+        if tower.spec.positions_every_block:
+            again = plan.pack({name: places.get(name, torch.zeros_like(x)).to(x.dtype) for name, x in slots.items()})
+        if angles:
+            still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
+            turns = plan.pack(still | angles)
+        return tower(plan.pack(slots), plan, layers, turns, again, keys)
 
     def _embed(self, name: str, values: Tensor, shown: Tensor | None) -> Tensor:
         """Embed token values (B, S, P) -> (B, S, D); `shown` (B, S) says where something else stands in for them."""
@@ -125,7 +135,7 @@ class Encoder(PreTrainedModel):
                 part.requires_grad_(False)
 
     def _tokenizer(self, name: str) -> Tokenizer:
-        return self.tokenizers[name]  # type: ignore[return-value]  # ModuleDict forgets the class of its values
+        return self.tokenizers[self.reader_of[name]]  # type: ignore[return-value]  # ModuleDict forgets the class
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -6,17 +6,21 @@ tokens, D width of the encoder, d width of the decoder, P numbers predicted per 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from m3.attention import CrossAttention, key_mask
-from m3.backbone import MLP, BackboneSpec, Block
+from m3.backbone import MLP, BackboneSpec, Block, path_factors
 from m3.errors import M3Error
 from m3.linear import Linear, linear
 from m3.plugins import Strict, Tokenizer
 from m3.positions import additive
 from m3.types import Encoded, MaskPlan, Tokens, take
+from m3.windows import WindowBlock, Windows, cut_windows
 
 
 def restore_index(plan: MaskPlan, modality: str, count: int) -> Tensor:
@@ -35,7 +39,9 @@ def restore_index(plan: MaskPlan, modality: str, count: int) -> Tensor:
 class SelfDecoder(nn.Module):
     """MAE's decoder (He et al. 2021, section 3): blocks over the full set of visible and mask tokens.
 
-    Reads one modality. The prefix tokens are part of the sequence; only asked-for positions are predicted.
+    Reads one modality. The prefix tokens are part of the sequence; only asked-for positions are predicted. Attention
+    knows no order, so VideoMAE's decoder, which appends the mask tokens to the visible ones instead of putting them
+    between, is this one with `embed_bias: false` and no class token.
     """
 
     class Spec(Strict):
@@ -45,11 +51,20 @@ class SelfDecoder(nn.Module):
             width: d.
             depth: number of blocks.
             heads: attention heads; divides `width`.
+            embed_bias: bias of the layer that brings the encoder's states to `width` (VideoMAE: no).
+            queries: `all`: the sequence holds all N tokens, each hidden one as a mask token (MAE, VideoMAE); `asked`:
+                the visible tokens, and a mask token for each one that is asked for (VideoMAE V2; for a masking with
+                `decode`).
         """
 
         width: PositiveInt = 512
         depth: PositiveInt = 8
         heads: PositiveInt = 16
+        embed_bias: bool = True
+        queries: Literal["all", "asked"] = "all"
+
+    reads_any = True
+    """It can predict another modality of the same tokenizer, where a target has `decoder: {same_as: ...}`."""
 
     def __init__(
         self,
@@ -66,9 +81,9 @@ class SelfDecoder(nn.Module):
                 f"decoder `self_decoder` reads one modality, but the objective sees {', '.join(inputs)} and predicts "
                 f"{modality}; use `cross_decoder`."
             )
-        self.modality = modality
+        self.spec, self.modality, self.backbone = spec, modality, backbone
         self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
-        self.embed = Linear(backbone.width, spec.width)
+        self.embed = Linear(backbone.width, spec.width, bias=spec.embed_bias)
         self.mask_token = nn.Parameter(torch.empty(1, spec.width))
         self.blocks = nn.ModuleList(
             [
@@ -81,75 +96,47 @@ class SelfDecoder(nn.Module):
 
     def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict the tokens at index (B, T) -> (B, T, P)."""
-        own, count = tokens[self.modality], encoded.prefix_count
-        x = self.embed(encoded.sequence)
+        name = next(iter(encoded.plan.visible), self.modality)  # another one's where the decoder is shared
+        sequence = self._asked if self.spec.queries == "asked" else self._all
+        x, place, mask, keep = sequence(encoded, tokens[name], name, index)
+        paths = path_factors(encoded.keys, self.backbone.drop_path, self.spec.depth, f"decoder/{self.modality}/paths")
+        for number, block in enumerate(self.blocks):
+            if number and self.backbone.positions_every_block:
+                x = x + place
+            x = block(x, mask, keep if number == self.spec.depth - 1 else None, paths=paths[number])
+        return self.output(self.norm(x))
+
+    def _all(
+        self, encoded: Encoded, own: Tokens, name: str, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return the sequence (B, R + N, d), its positions, the mask of keys, and where the asked-for tokens are."""
+        x, count = self.embed(encoded.sequence), encoded.prefix_count
         rows = torch.cat([x[:, count:], self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
-        full = take(rows, restore_index(encoded.plan, self.modality, own.count))
-        full = full + self.positions(own.positions).to(self.mask_token.dtype)
+        full = take(rows, restore_index(encoded.plan, name, own.count))
+        place = self.positions(own.positions).to(self.mask_token.dtype)
+        full = full + place
         x = torch.cat([x[:, :count].to(full.dtype), full], dim=1)
         mask = None
         if own.is_valid is not None:
             mask = key_mask(torch.cat([own.is_valid.new_ones(len(x), count), own.is_valid], dim=1))
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, mask)
-        return self.output(self.norm(last(x, mask, keep=index + count)))
+        return x, F.pad(place, (0, 0, count, 0)), mask, index + count
 
-
-class ContextDecoder(nn.Module):
-    """I-JEPA's predictor (Assran et al. 2023, section 3): blocks over the visible tokens and one mask token for each
-    asked-for place, which see no other hidden place. Reads one modality.
-    """
-
-    class Spec(SelfDecoder.Spec):
-        """Settings of `type: context_decoder`; those of `self_decoder`."""
-
-    def __init__(
-        self,
-        spec: Spec,
-        backbone: BackboneSpec,
-        tokenizers: dict[str, Tokenizer],
-        inputs: tuple[str, ...],
-        modality: str,
-        outputs: int,
-    ) -> None:
-        super().__init__()
-        if inputs != (modality,):
-            raise M3Error(
-                f"decoder `context_decoder` reads one modality, but the objective sees {', '.join(inputs)} and "
-                f"predicts {modality}; use `cross_decoder`."
-            )
-        self.modality = modality
-        self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
-        self.embed = Linear(backbone.width, spec.width)
-        self.mask_token = nn.Parameter(torch.empty(1, spec.width))
-        self.blocks = nn.ModuleList(
-            [
-                Block(spec.width, spec.heads, backbone.mlp_ratio, backbone.norm_eps, backbone.style)
-                for _ in range(spec.depth)
-            ]
-        )
-        self.norm = nn.LayerNorm(spec.width, eps=backbone.norm_eps)
-        self.output = Linear(spec.width, outputs)
-
-    def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
-        """Predict the tokens at index (B, T) -> (B, T, P)."""
-        own, count = tokens[self.modality], encoded.prefix_count
-        places = self.positions(own.positions).to(self.mask_token.dtype)
-        x = self.embed(encoded.sequence)
-        seen = x[:, count:] + take(places, encoded.plan.packed_index())
-        asked = (self.mask_token + take(places, index)).expand(len(x), -1, -1)
-        x = torch.cat([x[:, :count].to(seen.dtype), seen, asked], dim=1)
+    def _asked(
+        self, encoded: Encoded, own: Tokens, name: str, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """As `_all`, with a sequence (B, R + V + T, d)."""
+        x, count = self.embed(encoded.sequence), encoded.prefix_count
+        place = self.positions(own.positions).to(self.mask_token.dtype)
+        place = torch.cat([take(place, encoded.plan.packed_index()), take(place, index)], dim=1)
+        seen, asked = x[:, count:], self.mask_token.expand(len(x), index.shape[1], -1).to(x.dtype)
+        x = torch.cat([x[:, :count], torch.cat([seen, asked], dim=1) + place], dim=1)
         mask = None
-        if encoded.is_valid is not None:
-            there = torch.ones_like(index, dtype=torch.bool) if own.is_valid is None else take(own.is_valid, index)
-            mask = key_mask(torch.cat([encoded.is_valid, there], dim=1))
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, mask)
-        first = x.shape[1] - index.shape[1]
-        keep = torch.arange(first, x.shape[1], device=x.device).expand(len(x), -1)
-        return self.output(self.norm(last(x, mask, keep=keep)))
+        if own.is_valid is not None or encoded.is_valid is not None:
+            known = encoded.sequence.new_ones(encoded.sequence.shape[:2], dtype=torch.bool)
+            asked_for = known.new_ones(index.shape) if own.is_valid is None else take(own.is_valid, index)
+            mask = key_mask(torch.cat([known if encoded.is_valid is None else encoded.is_valid, asked_for], dim=1))
+        keep = torch.arange(x.shape[1] - index.shape[1], x.shape[1], device=x.device)
+        return x, F.pad(place, (0, 0, count, 0)), mask, keep.expand(len(x), -1)
 
 
 class CrossDecoder(nn.Module):
@@ -300,3 +287,78 @@ class Tied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., P)."""
         return linear(x, self.embedding[0].tied_weight(), self.bias)
+
+
+class WindowDecoder(nn.Module):
+    """AudioMAE's decoder (Huang et al. 2022, section 3): attention within windows of the grid of all tokens.
+
+    Sound is local in time and frequency, unlike what a patch of a picture shows. Every second block has its windows
+    shifted. Reads one modality on a grid of two axes, without the encoder's prefix tokens, which are nowhere.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: window_decoder`.
+
+        Attributes:
+            width: d.
+            depth: number of blocks.
+            heads: attention heads; divides `width`.
+            window: tokens of a window along both axes of the grid (time, frequency).
+            shift: of the windows in every second block, along both axes.
+        """
+
+        width: PositiveInt = 512
+        depth: PositiveInt = 16
+        heads: PositiveInt = 16
+        window: tuple[PositiveInt, PositiveInt] = (4, 4)
+        shift: tuple[NonNegativeInt, NonNegativeInt] = (2, 0)
+
+    def __init__(
+        self,
+        spec: Spec,
+        backbone: BackboneSpec,
+        tokenizers: dict[str, Tokenizer],
+        inputs: tuple[str, ...],
+        modality: str,
+        outputs: int,
+    ) -> None:
+        super().__init__()
+        if inputs != (modality,):
+            raise M3Error(
+                f"decoder `window_decoder` reads one modality, but the objective sees {', '.join(inputs)} and predicts "
+                f"{modality}; use `cross_decoder`."
+            )
+        if tokenizers[modality].axes != 2:
+            raise M3Error(
+                f"decoder `window_decoder` reads tokens on a grid of two axes, but those of {modality} have "
+                f"{tokenizers[modality].axes}; use `self_decoder`."
+            )
+        self.spec, self.modality, eps = spec, modality, backbone.norm_eps
+        self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
+        self.embed = Linear(backbone.width, spec.width)
+        self.mask_token = nn.Parameter(torch.empty(1, spec.width))
+        self.blocks = nn.ModuleList(
+            [WindowBlock(spec.width, spec.heads, spec.window, backbone.mlp_ratio, eps) for _ in range(spec.depth)]
+        )
+        self.norm = nn.LayerNorm(spec.width, eps=eps)
+        self.output = Linear(spec.width, outputs)
+
+    def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
+        """Predict the tokens at index (B, T) -> (B, T, P)."""
+        own = tokens[self.modality]
+        x = self.embed(encoded.states)
+        rows = torch.cat([x, self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
+        x = take(rows, restore_index(encoded.plan, self.modality, own.count))
+        x = x + self.positions(own.positions).to(self.mask_token.dtype)
+        layouts = [self._windows(own, shift) for shift in ((0, 0), self.spec.shift)]
+        for number, block in enumerate(self.blocks):
+            x = block(x, layouts[number % 2])
+        return self.output(self.norm(take(x, index)))
+
+    def _windows(self, own: Tokens, shift: tuple[int, int]) -> Windows:
+        if own.counts is None or len(own.counts) != 2:
+            raise M3Error(
+                f"decoder `window_decoder` needs tokens that fill a grid, and the tokenizer of {self.modality} doesn't "
+                f"say that its tokens do; use `self_decoder`."
+            )
+        return cut_windows((own.counts[0], own.counts[1]), self.spec.window, shift, own.is_valid, own.values.device)

@@ -45,6 +45,11 @@ class Masker:
         hidden = settings.pop("hidden", "drop")
         if hidden not in get_args(Hidden):
             raise M3Error(f"masking.hidden: `{hidden}` is not known.{nearest(str(hidden), get_args(Hidden))}")
+        if hidden != "drop" and settings.get("decode"):
+            raise M3Error(
+                f"masking.decode: with `hidden: {hidden}` the targets say what is hidden, so all hidden tokens are "
+                f"asked for; remove `decode` or use `hidden: drop`."
+            )
         self.hidden: Hidden = hidden
         self.branch = str(settings.pop("branch", ""))
         self.classes = classes
@@ -65,13 +70,14 @@ class Masker:
         self, tokens: dict[str, Tokens], visible: float | Mapping[str, float | Tensor], draws: Draws
     ) -> MaskPlan:
         """Make a plan from what the encoder shall see, for inference; `visible` as in `M3Model.reconstruct`."""
-        return self._show(
-            masking.explicit(tokens, masking.masks(tokens, visible, draws)), tokens, draws, is_mixed=False
-        )
+        plan = self.select.explicit(tokens, masking.masks(tokens, visible, draws))
+        return self._show(plan, tokens, draws, is_mixed=False)
 
     def _show(self, plan: MaskPlan, tokens: dict[str, Tokens], draws: Draws, is_mixed: bool = True) -> MaskPlan:
         if self.hidden == "drop":
             return plan
+        if plan.asked:
+            raise M3Error(f"masking.hidden: `{self.hidden}` can't show runs of {', '.join(plan.asked)}; use `drop`.")
         if not is_mixed:  # what training never hides has no mask token: it is dropped
             tokens = {
                 n: part if self.hides(n) else _without(part, _hidden(plan, n, part)) for n, part in tokens.items()

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Annotated, Literal, Protocol
+from dataclasses import replace
+from typing import Annotated
 
 import torch
 from pydantic import Field, NonNegativeInt
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from m3.errors import M3Error, nearest
 from m3.parts import build_spec
-from m3.plugins import Strict, View
+from m3.plugins import View
 from m3.random import Draws
 from m3.types import MaskPlan, Tokens, take
 
@@ -35,164 +37,19 @@ def amount(visible: float, count: int) -> int:
     return max(1, math.floor(visible * count + 1e-9))
 
 
-class Selection(Protocol):
-    """What every selection of this file provides."""
+class Selection(ABC):
+    """What every selection of `m3.maskings` provides."""
 
-    def check(self, names: tuple[str, ...]) -> None:
+    def check(self, names: tuple[str, ...]) -> None:  # noqa: B027 (many settings name no modality)
         """Raise M3Error when the settings contradict the modalities of the view."""
-        ...
 
+    @abstractmethod
     def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> MaskPlan:
         """Choose visible and target tokens."""
-        ...
 
-
-class Fixed:
-    """The same number of visible tokens in every sample: a share or a number for each modality.
-
-    With `visible: 0.25` and 196 patches this is MAE's mask: 49 seen, 147 to be predicted (int(L * (1 - r))).
-    """
-
-    class Spec(Strict):
-        """Settings of `type: fixed`.
-
-        Attributes:
-            visible: share in (0, 1] (rounded down) or number of tokens that the encoder sees, for all
-                modalities or for each by name.
-            whole: tokens that only make sense together (the pieces of a word) are seen or hidden together; a
-                sample sees fewer tokens than the budget where the next group does not fit.
-            scorer: what ranks the tokens.
-        """
-
-        visible: Amount | dict[str, Amount] = 0.25
-        whole: bool = False
-        scorer: dict = Field(default={"type": "uniform"})
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        self.scorer = _scorer(spec.scorer)
-
-    def check(self, names: tuple[str, ...]) -> None:
-        """Raise M3Error when a budget names a modality that is not there or leaves one out."""
-        if isinstance(self.spec.visible, dict):
-            _check_names("masking.visible", set(self.spec.visible), names)
-
-    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> MaskPlan:
-        """Select. Shares are of the valid tokens where a sample has fewer than N."""
-        scores = self.scorer(tokens, draws)
-        is_visible, slots = {}, {}
-        for name, part in tokens.items():
-            visible = self.spec.visible[name] if isinstance(self.spec.visible, dict) else self.spec.visible
-            slots[name] = amount(visible, part.count)
-            quota = _valid_quota(visible, part)
-            group = part.group if self.spec.whole else None
-            is_visible[name] = _rank(scores[name], part.is_valid, group) < quota
-        is_ragged = self.spec.whole and any(part.group is not None for part in tokens.values())
-        return assemble(tokens, is_visible, slots, sum(slots.values()), is_ragged)
-
-
-class Dirichlet:
-    """A fixed number V of visible tokens over all modalities, shared out by a Dirichlet draw per sample.
-
-    MultiMAE (Bachmann et al. 2022, section 3.2): shares ~ Dirichlet(alpha), quotas = round(share * V), the
-    first quota tokens in score order are seen. Rounding and full modalities leave a surplus or a deficit;
-    it is levelled at random over all tokens, so that exactly V are seen.
-    """
-
-    class Spec(Strict):
-        """Settings of `type: dirichlet`.
-
-        Attributes:
-            visible: V, number of tokens that the encoder sees, or a share of all.
-            alpha: concentration for all modalities or for each by name; small: few modalities get nearly
-                all, large: all get the same.
-            subsets: first draw one of the non-empty sets of modalities uniformly, then share among those.
-            surplus: of a modality with fewer tokens than its share: `others`: it goes to all other tokens at random,
-                so that V are always seen (MultiMAE); `unused`: fewer are seen (4M), shares are rounded down, and a
-                modality may be seen alone.
-            whole: as in `Fixed`; then up to V are seen.
-            scorer: what ranks the tokens.
-        """
-
-        visible: Amount
-        alpha: float | dict[str, float] = 1.0
-        subsets: bool = False
-        surplus: Literal["others", "unused"] = "others"
-        whole: bool = False
-        scorer: dict = Field(default={"type": "uniform"})
-
-    def __init__(self, spec: Spec) -> None:
-        self.spec = spec
-        self.scorer = _scorer(spec.scorer)
-        alphas = spec.alpha.values() if isinstance(spec.alpha, dict) else [spec.alpha]
-        if min(alphas) <= 0:
-            raise M3Error(f"masking.alpha must be positive, got {spec.alpha}; use e.g. 1.0.")
-
-    def check(self, names: tuple[str, ...]) -> None:
-        """Raise M3Error when `alpha` names a modality that is not there or leaves one out."""
-        if isinstance(self.spec.alpha, dict):
-            _check_names("masking.alpha", set(self.spec.alpha), names)
-
-    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> MaskPlan:
-        """Select; V is cut to the number of tokens there are."""
-        counts = {name: part.count for name, part in tokens.items()}
-        length = amount(self.spec.visible, sum(counts.values()))
-        scores = self.scorer(tokens, draws)
-        quotas = self._shares(tokens, draws) * length  # (B, M)
-        quotas = quotas.round() if self.spec.surplus == "others" else (quotas + 1e-4).floor()
-        groups = {name: part.group if self.spec.whole else None for name, part in tokens.items()}
-        places = [_rank(scores[name], part.is_valid, groups[name]) for name, part in tokens.items()]
-        wanted = {name: places[i] < quotas[:, i : i + 1] for i, name in enumerate(tokens)}
-        slots = {name: min(length, n) for name, n in counts.items()}
-        if self.spec.surplus == "unused":
-            return assemble(tokens, {n: _existing(x, tokens[n]) for n, x in wanted.items()}, slots, length, True)
-        is_wanted = torch.cat(list(wanted.values()), 1)
-        # Wanted tokens come first, in random order; then the others, in random order; padding last.
-        # Each modality draws for itself: how far another one is filled up must not change a sample's mask.
-        level = torch.cat([draws.uniform(f"level/{name}", count) for name, count in counts.items()], 1)
-        key = (~is_wanted).float() + level
-        is_valid = _joined_validity(tokens)
-        chosen = _rank(key, is_valid, _joined_groups(tokens, groups)) < length
-        if is_valid is not None:
-            chosen = chosen & is_valid
-        is_visible = dict(zip(counts, chosen.split(list(counts.values()), dim=1), strict=True))
-        is_ragged = any(group is not None for group in groups.values())
-        return assemble(tokens, is_visible, slots, length, is_ragged)
-
-    def _shares(self, tokens: dict[str, Tokens], draws: Draws) -> Tensor:
-        """Draw (B, M) shares that sum to one; modalities that a sample lacks get none."""
-        alpha = self.spec.alpha
-        alphas = [alpha[name] if isinstance(alpha, dict) else alpha for name in tokens]
-        device = draws.keys.device
-        takes_part = torch.ones(len(draws.keys), len(tokens), dtype=torch.bool, device=device)
-        for i, part in enumerate(tokens.values()):
-            if part.is_valid is not None:
-                takes_part[:, i] = part.is_valid.any(1)
-        if self.spec.subsets:
-            takes_part = _random_subset(takes_part, draws)
-        logs = log_gamma_variates(torch.tensor(alphas, device=device), draws)
-        return logs.masked_fill(~takes_part, -1e9).softmax(1)
-
-
-def log_gamma_variates(alpha: Tensor, draws: Draws, tries: int = 12) -> Tensor:
-    """Return (B, M) logarithms of Gamma(alpha, 1) variates, alpha (M,) > 0, from the batch's own draws.
-
-    Marsaglia and Tsang (2000) for alpha + 1, then log g(alpha) = log g(alpha + 1) + log(u) / alpha, which
-    does not underflow at small alpha. A try is accepted with probability > 0.95, so twelve tries leave a
-    chance below 1e-15 to fall back on the mode; that keeps the shape fixed and the host out of it.
-    """
-    batch, count = len(draws.keys), len(alpha)
-    d = alpha + 1 - 1 / 3
-    u = draws.uniform("gamma", count * (3 * tries + 1)).reshape(batch, count, -1).clamp(min=2.0**-25)
-    u1, u2, u3 = u[..., :tries], u[..., tries : 2 * tries], u[..., 2 * tries : 3 * tries]
-    normal = (-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()
-    v = (1 + normal / (3 * d.sqrt()).unsqueeze(-1)) ** 3
-    log_v = v.clamp(min=1e-30).log()
-    bound = 0.5 * normal**2 + d.unsqueeze(-1) * (1 - v + log_v)
-    is_accepted = (v > 0) & (u3.log() < bound)
-    first = is_accepted.to(torch.uint8).argmax(-1, keepdim=True)
-    chosen = torch.where(is_accepted.any(-1), log_v.gather(-1, first).squeeze(-1), torch.zeros_like(d))
-    return d.log() + chosen + u[..., -1].log() / alpha
+    def explicit(self, tokens: dict[str, Tokens], is_visible: dict[str, Tensor]) -> MaskPlan:
+        """Make the plan of given masks, for inference, as the function `explicit` below does."""
+        return explicit(tokens, is_visible)
 
 
 def build(view: View) -> Selection:
@@ -234,8 +91,8 @@ def masks(tokens: dict[str, Tokens], visible: float | Mapping[str, float | Tenso
         if isinstance(value, Tensor):
             result[name] = value.to(part.values.device)
         else:
-            count = _valid_quota(value, part) if value else 0
-            result[name] = _rank(draws.uniform(f"score/{name}", part.count), part.is_valid) < count
+            count = valid_quota(value, part) if value else 0
+            result[name] = rank(draws.uniform(f"score/{name}", part.count), part.is_valid) < count
     return result
 
 
@@ -250,14 +107,8 @@ def explicit(tokens: dict[str, Tokens], is_visible: dict[str, Tensor]) -> MaskPl
         tokens: the modalities that are there.
         is_visible: modality -> (B, N) bool, True where the encoder sees the token; all others are targets.
     """
-    for name, mask in is_visible.items():
-        shape = tokens[name].values.shape[:2]
-        if mask.shape != shape:
-            raise M3Error(
-                f"the mask of `{name}` must have shape {tuple(shape)} (samples, tokens), got {tuple(mask.shape)}; "
-                f"give one True or False for every token."
-            )
-    seen = {name: _existing(is_visible[name], part) for name, part in tokens.items()}
+    check_masks(tokens, is_visible)
+    seen = {name: existing(is_visible[name], part) for name, part in tokens.items()}
     counts = torch.stack([mask.sum(1) for mask in seen.values()])  # (M, B)
     slots = dict(zip(seen, counts.amax(1).tolist(), strict=True))
     totals = counts.sum(0)
@@ -265,6 +116,17 @@ def explicit(tokens: dict[str, Tokens], is_visible: dict[str, Tensor]) -> MaskPl
     if sum(slots.values()) < length:  # nothing is visible at all: one empty slot keeps the shapes alive
         slots[next(iter(slots))] = 1
     return assemble(tokens, seen, slots, length, is_ragged or not int(totals.min()))
+
+
+def check_masks(tokens: dict[str, Tokens], is_visible: dict[str, Tensor]) -> None:
+    """Raise M3Error for given masks that do not have one True or False for every token."""
+    for name, mask in is_visible.items():
+        shape = tokens[name].values.shape[:2]
+        if mask.shape != shape:
+            raise M3Error(
+                f"the mask of `{name}` must have shape {tuple(shape)} (samples, tokens), got {tuple(mask.shape)}; "
+                f"give one True or False for every token."
+            )
 
 
 def assemble(
@@ -303,17 +165,34 @@ def assemble(
     return MaskPlan(visible, target, is_target, order, None if all_valid else take(filled, order))
 
 
-def _existing(mask: Tensor, part: Tokens) -> Tensor:
+def thinned(
+    plan: MaskPlan, tokens: dict[str, Tokens], is_visible: dict[str, Tensor], scores: dict[str, Tensor], share: float
+) -> MaskPlan:
+    """Ask for a share of all tokens only, those with the lowest scores; of these, hidden ones are targets.
+
+    So every sample is asked for equally many, whatever its mask (Wang et al. 2023, equations 2 and 3).
+    """
+    target, is_target = {}, {}
+    for name, part in tokens.items():
+        is_asked = existing(rank(scores[name], part.is_valid) < valid_quota(share, part), part)
+        order = torch.argsort(~is_asked, dim=1, stable=True)
+        target[name] = order[:, : amount(share, part.count)]
+        is_target[name] = take(is_asked & ~is_visible[name], target[name])
+    return replace(plan, target=target, is_target=is_target)
+
+
+def existing(mask: Tensor, part: Tokens) -> Tensor:
     """Return mask (B, N) without the tokens that don't exist."""
     return mask if part.is_valid is None else mask & part.is_valid
 
 
-def _scorer(settings: dict):
+def build_scorer(settings: dict):
+    """Make the scorer that the settings of a selection name."""
     part, spec = build_spec("scorers", settings, "masking.scorer")
     return part(spec)
 
 
-def _rank(scores: Tensor, is_valid: Tensor | None, group: Tensor | None = None) -> Tensor:
+def rank(scores: Tensor, is_valid: Tensor | None, group: Tensor | None = None) -> Tensor:
     """Return (B, N) the place of each token in ascending score order, tokens that don't exist last.
 
     With a `group` (B, N), its tokens follow one another, ordered by the score of its first one (which, unlike the
@@ -326,11 +205,12 @@ def _rank(scores: Tensor, is_valid: Tensor | None, group: Tensor | None = None) 
         return place
     index = torch.arange(place.shape[1], device=place.device).expand_as(place)
     first = torch.zeros_like(place).scatter_reduce(1, group, index, "amin", include_self=False)
-    place = _rank(place.gather(1, first.gather(1, group)).float(), is_valid)
+    place = rank(place.gather(1, first.gather(1, group)).float(), is_valid)
     return torch.zeros_like(place).scatter_reduce(1, group, place, "amax", include_self=False).gather(1, group)
 
 
-def _valid_quota(visible: float, part: Tokens) -> Tensor | int:
+def valid_quota(visible: float, part: Tokens) -> Tensor | int:
+    """Return how many of the valid tokens are meant: (B, 1), or one number for all samples."""
     if part.is_valid is None:
         return amount(visible, part.count)
     there = part.is_valid.sum(1, keepdim=True)
@@ -339,7 +219,8 @@ def _valid_quota(visible: float, part: Tokens) -> Tensor | int:
     return there.clamp(max=amount(visible, part.count))
 
 
-def _joined_validity(tokens: dict[str, Tokens]) -> Tensor | None:
+def joined_validity(tokens: dict[str, Tokens]) -> Tensor | None:
+    """Return (B, sum of N) which tokens of all modalities exist; None when all do."""
     if all(part.is_valid is None for part in tokens.values()):
         return None
     masks = [
@@ -349,7 +230,7 @@ def _joined_validity(tokens: dict[str, Tokens]) -> Tensor | None:
     return torch.cat(masks, dim=1)
 
 
-def _joined_groups(tokens: dict[str, Tokens], groups: dict[str, Tensor | None]) -> Tensor | None:
+def joined_groups(tokens: dict[str, Tokens], groups: dict[str, Tensor | None]) -> Tensor | None:
     """Return (B, sum of N) groups over all modalities, numbered on from one to the next."""
     if all(group is None for group in groups.values()):
         return None
@@ -363,17 +244,8 @@ def _joined_groups(tokens: dict[str, Tokens], groups: dict[str, Tensor | None]) 
     return torch.cat(joined, dim=1)
 
 
-def _random_subset(takes_part: Tensor, draws: Draws) -> Tensor:
-    """Choose uniformly one non-empty subset of the modalities that each sample has: (B, M) bool -> (B, M) bool."""
-    modalities = takes_part.shape[1]
-    numbers = torch.arange(1, 2**modalities, device=takes_part.device).unsqueeze(1)
-    subsets = (numbers >> torch.arange(modalities, device=takes_part.device)) & 1 == 1  # (2^M - 1, M)
-    is_possible = (takes_part.unsqueeze(1) | ~subsets).all(-1)  # (B, 2^M - 1)
-    lot = draws.uniform("subset", len(subsets)).masked_fill(~is_possible, -1.0)
-    return subsets[lot.argmax(1)]
-
-
-def _check_names(where: str, given: set[str], names: tuple[str, ...]) -> None:
+def check_names(where: str, given: set[str], names: tuple[str, ...]) -> None:
+    """Raise M3Error when settings by name don't name exactly the modalities of the view."""
     if given != set(names):
         raise M3Error(
             f"{where} must name exactly the modalities of the view ({', '.join(names)}), "

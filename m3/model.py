@@ -128,7 +128,7 @@ class M3Model(Network):
             values = self._tokenizer(modality).decode(predictor.restore(name, output, part))
             guesses[name] = values
             predicted[name] = self._tokenizer(modality).detokenize(values, part.positions, self._size(batch, modality))
-        is_visible = {name: _seen_tokens(tokens[name], plan, name) for name in seen}
+        is_visible = {name: plan.is_seen(name, tokens[name].count) for name in seen}
         return Reconstruction(predicted, outputs, guesses, tokens, predictor.modality_of, plan, is_visible)
 
     def _embedder(self, name: str | None) -> Embedder:
@@ -189,11 +189,14 @@ class M3Model(Network):
             return part
         return replace(part, is_valid=part.is_valid | ~batch.is_present[name].unsqueeze(1))
 
+    def detokenize(self, name: str, values: Tensor, tokens: Tokens, size: tuple[int, ...]) -> Tensor:
+        """Put values (B, N, P) at the places of `tokens` of modality `name` together to signals of `size`."""
+        return self._tokenizer(name).detokenize(values, tokens.positions, size)
+
     def spread(self, name: str, is_token: Tensor, tokens: Tokens, size: tuple[int, ...]) -> Tensor:
         """Return (B, *size) bool per position of the signal from (B, N) bool per token of modality `name`."""
         values = is_token.unsqueeze(-1).expand(tokens.values.shape)
-        x = self._tokenizer(name).detokenize(values, tokens.positions, size)
-        return self.modalities[name].signal.without_channels(x)
+        return self.modalities[name].signal.without_channels(self.detokenize(name, values, tokens, size))
 
     def _size(self, batch: Batch, name: str) -> tuple[int, ...]:
         modality = self.modalities[name]
@@ -209,15 +212,3 @@ class M3Model(Network):
         """Return tokens of an absent modality: places without content, for decoders that predict it."""
         raw = self.modalities[name].blank(count).to(self.device)
         return self._tokenizer(name).tokenize(self.modalities[name].normalise(raw))
-
-
-def _seen_tokens(tokens: Tokens, plan: MaskPlan, name: str) -> Tensor:
-    """Return (B, N) bool, True where the encoder saw the token."""
-    is_seen = torch.zeros(tokens.values.shape[:2], dtype=torch.bool, device=tokens.values.device)
-    is_own = plan.packed_modality() == list(plan.visible).index(name)
-    content = plan.packed_content()
-    if content is not None:
-        is_own &= content
-    sample, place = is_own.nonzero(as_tuple=True)
-    is_seen[sample, plan.packed_index()[sample, place]] = True
-    return is_seen

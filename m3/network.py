@@ -22,8 +22,9 @@ from m3.masker import Masker
 from m3.partners import Swap, draw_partners, swapped
 from m3.parts import build_spec
 from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
-from m3.positions import build_positions
+from m3.positions import Marks, build_positions
 from m3.random import Draws
+from m3.sharing import check_readers, readers
 from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens
 
 
@@ -99,23 +100,20 @@ class Network(Encoder):
             name: read_settings(TowerSpec, tower, f"towers.{name}") for name, tower in (config.towers or {}).items()
         }
         self.tower_of = _tower_of(towers, self.modalities)
+        self.reader_of = readers(config.modalities)
         self.tokenizers = nn.ModuleDict()
+        self._build_tokenizers(towers, spec)
+        tokenizers = {name: self._tokenizer(name) for name in self.modalities}
+        check_readers(self.reader_of, tokenizers, self.modalities, self.tower_of)
         self.positions = nn.ModuleDict()
-        for name, modality in self.modalities.items():
-            tower = towers.get(self.tower_of[name], spec)
-            where = f"modalities.{name}.tokenizer"
-            if "tokenizer" not in config.modalities[name]:
-                raise M3Error(f"{where}: this key is required; add it, e.g. `tokenizer: {{type: patch, size: 16}}`.")
-            part, settings = build_spec("tokenizers", config.modalities[name]["tokenizer"], where)
-            tokenizer = self.tokenizers[name] = part(settings, modality.signal, tower.width)
-            config.modalities[name]["tokenizer"] |= tokenizer.pinned
-            tokenizer.positions = config.modalities[name].get("positions", tokenizer.positions)
-            tokenizer.tower, tokenizer.modality = tower, modality
         objectives = {}
         for name, entry in config.objectives.items():
             part, settings = build_spec("objectives", entry, f"objectives.{name}")
             with within(f"objectives.{name}"):
-                objectives[name] = part(settings, dict(self.tokenizers.items()), spec)
+                objectives[name] = part(settings, tokenizers, spec)
+        for name, objective in objectives.items():
+            with within(f"objectives.{name}"):
+                objective.borrow(objectives)
         self.views: dict[View, Masker] = {}
         for name, objective in objectives.items():
             for view in objective.views:
@@ -130,7 +128,8 @@ class Network(Encoder):
         hidden = {name for view, mask in self.views.items() for name in view.modalities if mask.hides(name)}
         for name in self.modalities if self.views else ():
             tower = towers.get(self.tower_of[name], spec)
-            self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
+            if self.reader_of[name] == name:
+                self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
             if tower.modality_embedding:
                 self.modality_embeddings[name] = nn.Parameter(torch.empty(1, tower.width))
             if name in hidden:
@@ -140,11 +139,26 @@ class Network(Encoder):
                 self.towers[tower] = Backbone(towers[tower])
             else:
                 self.backbone = Backbone(spec)
+        places = {n: self.positions[own] for n, own in self.reader_of.items() if own in self.positions}
+        self.marks = Marks(places, self.modality_embeddings)
+        for objective in objectives.values():
+            objective.marks = self.marks
         self.objectives = nn.ModuleDict(objectives)
         for view in self.views:
             self._check_swap(view)
         self.post_init()
         self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
+
+    def _build_tokenizers(self, towers: dict[str, TowerSpec], backbone: BackboneSpec) -> None:
+        """Make the tokenizers and tell each what it needs to know; pinned settings join the config."""
+        for name in dict.fromkeys(self.reader_of.values()):
+            tower, signal = towers.get(self.tower_of[name], backbone), self.modalities[name].signal
+            entry = self.config.modalities[name]["tokenizer"]
+            part, settings = build_spec("tokenizers", entry, f"modalities.{name}.tokenizer")
+            tokenizer = self.tokenizers[name] = part(settings, signal, tower.width)
+            self.config.modalities[name]["tokenizer"] |= tokenizer.pinned
+            tokenizer.positions = self.config.modalities[name].get("positions", tokenizer.positions)
+            tokenizer.tower, tokenizer.modality = tower, self.modalities[name]
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
 
@@ -257,12 +271,13 @@ class Network(Encoder):
     def _encode_views(self, prepared: Prepared, views: Iterable[View]) -> dict[View, Encoded]:
         """Encode every view once; views whose mismatches depend on similarities come last."""
         encoded, waiting = {}, []
+        keys = prepared.draws.numbers("network") if self.training and prepared.draws is not None else None
         for view in views:
             swap = Swap(**json.loads(view.swap)) if view.swap else None
             if swap and swap.by != "random":
                 waiting.append((view, swap))
             else:
-                encoded[view] = self.encode_view(view, prepared.tokens, prepared.plans[view])
+                encoded[view] = self.encode_view(view, prepared.tokens, prepared.plans[view], keys)
         for view, swap in waiting:
             assert prepared.draws is not None, "a view with mismatches by similarity needs the draws of `prepare`"
             with torch.no_grad():
@@ -271,7 +286,7 @@ class Network(Encoder):
                         encoded[needed] = self.encode_view(needed, prepared.tokens, prepared.plans[needed])
                 similarity = self.objectives[swap.by].similarity(encoded, swap.of)  # type: ignore[operator]
             plan = self._plan(view, prepared.tokens, prepared.draws, similarity)
-            encoded[view] = self.encode_view(view, prepared.tokens, plan)
+            encoded[view] = self.encode_view(view, prepared.tokens, plan, keys)
         return encoded
 
     def _needed(self, view: View) -> tuple[View, ...]:

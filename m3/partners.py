@@ -8,6 +8,8 @@ Letters: B batch, G samples of a group.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -78,7 +80,8 @@ def swapped(tokens: dict[str, Tokens], partners: Partners) -> dict[str, Tokens]:
     positions = own.positions if len(own.positions) == 1 else own.positions[index]
     is_valid = None if own.is_valid is None else own.is_valid[index]
     group = None if own.group is None else own.group[index]
-    return {**tokens, partners.of: Tokens(own.values[index], positions, is_valid, group)}
+    lent = replace(own, values=own.values[index], positions=positions, is_valid=is_valid, group=group)
+    return {**tokens, partners.of: lent}
 
 
 def _there(part: Tokens, batch: int, device: torch.device) -> Tensor:

@@ -21,7 +21,7 @@ HOMES = {
     "tokenizers": ("m3.tokenizers",),
     "objectives": ("m3.objectives",),
     "sources": ("m3.data.sources",),
-    "maskings": ("m3.masking", "m3.target_blocks"),
+    "maskings": ("m3.maskings",),
     "scorers": ("m3.scorers",),
     "decoders": ("m3.heads",),
     "targets": ("m3.targets",),

@@ -206,6 +206,10 @@ class Tokenizer(nn.Module, ABC):
         self.pinned: dict[str, Any] = {}
         """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
 
+    def reads(self, signal: Signal) -> bool:
+        """Return True if it can read another modality's signal too, for `tokenizer: {same_as: ...}`."""
+        return signal._replace(size=()) == self.signal._replace(size=()) and len(signal.size) == len(self.signal.size)
+
     @abstractmethod
     def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:
         """Cut a normalised signal (B, ...) into tokens with values (B, N, P).
@@ -262,11 +266,18 @@ class Objective(nn.Module, ABC):
 
     part_names: tuple[str, ...]
     """Names of the parts of the loss, in the order in which `forward` returns them."""
+    marks: Any = None  # the `m3.positions.Marks` that the network adds to tokens; set by the model
 
     @property
     def predicts(self) -> str:
         """What it learns to say, in a few words, for tables."""
         return ", ".join(self.part_names)
+
+    def borrow(self, others: dict[str, Objective]) -> None:
+        """Take over parts of other objectives; called once, when all of the model's are built.
+
+        A part that is lent stays the lender's: it must not be registered a second time.
+        """
 
     @abstractmethod
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:

@@ -8,6 +8,8 @@ Letters: B batch, N tokens, A axes, D width, E width of an attention head.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from pydantic import PositiveFloat, PositiveInt
@@ -17,6 +19,7 @@ from m3.errors import M3Error
 from m3.linear import Linear
 from m3.parts import build_spec
 from m3.plugins import Strict, Tokenizer
+from m3.types import MaskPlan, Tokens, take
 
 
 def sincos(positions: Tensor, width: int, temperature: float = 10000.0) -> Tensor:
@@ -39,7 +42,7 @@ def sincos(positions: Tensor, width: int, temperature: float = 10000.0) -> Tenso
 
 
 def _angles(positions: Tensor, frequencies: int, temperature: float) -> Tensor:
-    """Return (..., A, F): each coordinate times each frequency."""
+    """Return (..., A, F): each coordinate times each of the frequencies temperature ** (-i / F)."""
     # Long axes need more than 24 bits of angle; Apple's GPUs have no float64.
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
     exponent = torch.arange(frequencies, device=positions.device, dtype=exact) / frequencies
@@ -69,6 +72,33 @@ class Sincos(nn.Module):
         return sincos(ordered, self.width, self.spec.temperature)
 
 
+class FlatSincos(nn.Module):
+    """Fixed sines and cosines of the token's number, as in a sentence (Vaswani et al. 2017), interleaved.
+
+    VideoMAE's table: number n = (t H + y) W + x on the grid the model was built for, channels sin(n / 10000^(2i / D))
+    and cos(n / 10000^(2i / D)) in turn. Between the places of that grid numbers say little; use `sincos` for finer
+    ones.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: flat_sincos`; it has none."""
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer, width: int, axis_order: str) -> None:
+        super().__init__()
+        if len(tokenizer.reference) != tokenizer.axes:
+            raise M3Error("positions `flat_sincos` number the places of a grid; use `sincos` or `coordinates` here.")
+        self.grid, self.width = tokenizer.reference, width
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Embed (1 or B, N, A) -> (1 or B, N, D)."""
+        number = positions[..., 0]
+        for axis, extent in enumerate(self.grid[1:], start=1):
+            number = number * extent + positions[..., axis]
+        pairs = (self.width + 1) // 2
+        angle = _angles(number, pairs, 10000.0 ** (2 * pairs / self.width))
+        return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-2)[..., : self.width].to(torch.float32)
+
+
 class Learned(nn.Module):
     """A learned vector for every place of the grid; linear interpolation between them, the edge's beyond it."""
 
@@ -79,28 +109,47 @@ class Learned(nn.Module):
         super().__init__()
         if not 1 <= len(tokenizer.reference) <= 3:
             raise M3Error("learned positions need a grid of one to three axes; use `sincos` or `coordinates` here.")
-        self.grid = tokenizer.reference
-        self.table = nn.Parameter(torch.empty(width, *self.grid))
+        self.table = nn.Parameter(torch.empty(width, *tokenizer.reference))
 
     def forward(self, positions: Tensor) -> Tensor:
         """Embed (1 or B, N, A) -> (1 or B, N, D)."""
-        result = self.table.new_zeros(())
-        low = [positions[..., a].clamp(0, n - 1).floor().clamp(max=max(0, n - 2)) for a, n in enumerate(self.grid)]
-        for corner in range(2 ** len(self.grid)):
-            index, weight = [], torch.ones_like(positions[..., 0])
-            for axis, extent in enumerate(self.grid):
-                is_high = corner >> axis & 1
-                share = positions[..., axis].clamp(0, extent - 1) - low[axis]
-                index.append((low[axis] + is_high).long().clamp(max=extent - 1))
-                weight = weight * (share if is_high else 1 - share)
-            result = result + self.table.flatten(1).t()[self._flat(index)] * weight.unsqueeze(-1)
-        return result
+        return _interpolated(self.table, positions)
 
-    def _flat(self, index: list[Tensor]) -> Tensor:
-        flat = index[0]
-        for extent, own in zip(self.grid[1:], index[1:], strict=True):
-            flat = flat * extent + own
-        return flat
+
+class Separable(nn.Module):
+    """Learned vectors for the places along the first axis and for those of the other axes, added up.
+
+    MAE-ST's positions over time and space (Feichtenhofer et al. 2022); interpolated like `learned`.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: separable`; it has none."""
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer, width: int, axis_order: str) -> None:
+        super().__init__()
+        if not 2 <= len(tokenizer.reference) <= 3:
+            raise M3Error("separable positions need a grid of two or three axes; use `learned` or `sincos` here.")
+        self.first = nn.Parameter(torch.empty(width, tokenizer.reference[0]))
+        self.others = nn.Parameter(torch.empty(width, *tokenizer.reference[1:]))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Embed (1 or B, N, A) -> (1 or B, N, D)."""
+        return _interpolated(self.first, positions[..., :1]) + _interpolated(self.others, positions[..., 1:])
+
+
+def _interpolated(table: Tensor, positions: Tensor) -> Tensor:
+    """Read a table (D, *grid) of vectors at positions (1 or B, N, axes), linearly between its places."""
+    result, grid = table.new_zeros(()), table.shape[1:]
+    low = [positions[..., a].clamp(0, n - 1).floor().clamp(max=max(0, n - 2)) for a, n in enumerate(grid)]
+    for corner in range(2 ** len(grid)):
+        flat, weight = torch.zeros_like(positions[..., 0]).long(), torch.ones_like(positions[..., 0])
+        for axis, extent in enumerate(grid):
+            is_high = corner >> axis & 1
+            share = positions[..., axis].clamp(0, extent - 1) - low[axis]
+            flat = flat * extent + (low[axis] + is_high).long().clamp(max=extent - 1)
+            weight = weight * (share if is_high else 1 - share)
+        result = result + table.flatten(1).t()[flat] * weight.unsqueeze(-1)
+    return result
 
 
 class Coordinates(nn.Module):
@@ -172,6 +221,31 @@ class Rotary(nn.Module):
             raise M3Error(f"heads of width {head_width} are too narrow for rotary positions over {axes} axes.")
         flat = _angles(positions, frequencies, self.spec.temperature).flatten(-2).to(torch.float32)
         return F.pad(flat, (0, head_width // 2 - flat.shape[-1]))
+
+
+class Marks(NamedTuple):
+    """What the network adds to embedded tokens: where they are, and of which modality.
+
+    Objectives may hold it to add the same once more; no module then has a parameter twice.
+
+    Attributes:
+        positions: modality -> position embedding.
+        modalities: modality -> (1, D) learned vector, where the backbone has one.
+    """
+
+    positions: dict[str, nn.Module]
+    modalities: nn.ParameterDict
+
+    def place(self, name: str, tokens: Tokens, plan: MaskPlan) -> Tensor:
+        """Return the position embedding of the visible slots of a modality (B, S, D); it must not be rotary."""
+        return take(self.positions[name](tokens.positions), plan.place.get(name, plan.visible[name]))
+
+    def of(self, name: str, tokens: Tokens, plan: MaskPlan) -> Tensor | float:
+        """Return what is added to the visible slots of a modality (B, S, D); 0 where that is nothing."""
+        mark: Tensor | float = 0.0
+        if not isinstance(self.positions[name], Rotary):
+            mark = self.place(name, tokens, plan)
+        return mark + self.modalities[name] if name in self.modalities else mark
 
 
 def build_positions(tokenizer: Tokenizer, width: int, axis_order: str) -> nn.Module:

@@ -5,7 +5,7 @@ gives the same masks whether it is cut into 1 x 8, 2 x 4 or spread over two proc
 random state, and the same seed gives the same masks on a CPU and on a GPU.
 
 The hash is the finaliser of splitmix64 (Steele, Lea, Flood 2014), two rounds; int64 arithmetic wraps.
-Letters: B batch, n draws per sample.
+Letters: B batch, n draws per sample, M parameters.
 """
 
 from __future__ import annotations
@@ -71,3 +71,28 @@ class Draws:
         base = _mix(self.keys * _signed(_GOLDEN) + _signed(stream_number(self.branch + stream) ^ (self.seed * _MIX_2)))
         column = torch.arange(1, n + 1, device=self.keys.device) * _signed(_GOLDEN)
         return _mix(_mix(base.unsqueeze(1) + column.unsqueeze(0)))
+
+    def numbers(self, stream: str) -> Tensor:
+        """Return (B,) int64, one number per sample: keys of further draws that know no seed."""
+        return self._bits(stream, 1).squeeze(1)
+
+
+def log_gamma_variates(alpha: Tensor, draws: Draws, stream: str, tries: int = 12) -> Tensor:
+    """Return (B, M) logarithms of Gamma(alpha, 1) variates, alpha (M,) or (B, M) > 0, from the batch's own draws.
+
+    Marsaglia and Tsang (2000) for alpha + 1, then log g(alpha) = log g(alpha + 1) + log(u) / alpha, which
+    does not underflow at small alpha. A try is accepted with probability > 0.95, so twelve tries leave a
+    chance below 1e-15 to fall back on the mode; that keeps the shape fixed and the host out of it.
+    """
+    batch, count = len(draws.keys), alpha.shape[-1]
+    d = alpha + 1 - 1 / 3
+    u = draws.uniform(stream, count * (3 * tries + 1)).reshape(batch, count, -1).clamp(min=2.0**-25)
+    u1, u2, u3 = u[..., :tries], u[..., tries : 2 * tries], u[..., 2 * tries : 3 * tries]
+    normal = (-2 * u1.log()).sqrt() * (2 * math.pi * u2).cos()
+    v = (1 + normal / (3 * d.sqrt()).unsqueeze(-1)) ** 3
+    log_v = v.clamp(min=1e-30).log()
+    bound = 0.5 * normal**2 + d.unsqueeze(-1) * (1 - v + log_v)
+    is_accepted = (v > 0) & (u3.log() < bound)
+    first = is_accepted.to(torch.uint8).argmax(-1, keepdim=True)
+    chosen = torch.where(is_accepted.any(-1), log_v.gather(-1, first).squeeze(-1), torch.zeros_like(d))
+    return d.log() + chosen + u[..., -1].log() / alpha

@@ -25,7 +25,7 @@ class Plan(NamedTuple):
         lr: highest learning rate.
         min_lr: where the schedule ends.
         schedule: of the learning rate after the warm-up: `cosine`, `linear` or `constant`.
-        milestones: steps from which the learning rate is a tenth of what it was, instead of the schedule.
+        milestones: steps from which the learning rate is a tenth of what it was, instead of a schedule.
     """
 
     steps: int
@@ -61,15 +61,16 @@ def plan_run(spec: TrainSpec, samples: int | None, world: int) -> Plan:
         )
     scale = spec.batch_size / spec.lr_per if spec.lr_per else 1.0
     accumulation = spec.batch_size // (micro * world)
-    warmup, milestones = round(spec.warmup * unit), tuple(round(milestone * unit) for milestone in spec.milestones)
-    ends = (spec.lr * scale, spec.min_lr * scale)
-    return Plan(steps, warmup, micro, accumulation, *ends, spec.schedule, milestones)
+    warmup = round(spec.warmup * unit)
+    milestones = tuple(round(milestone * unit) for milestone in spec.milestones)
+    lr, min_lr = spec.lr * scale, spec.min_lr * scale
+    return Plan(steps, warmup, micro, accumulation, lr, min_lr, spec.schedule, milestones)
 
 
 def learning_rate(step: int, plan: Plan) -> float:
     """Return the learning rate of a step: linear from 0 over the warm-up, then down to `min_lr` as `schedule` says.
 
-    `cosine`: half a cosine; `linear`: a straight line; `constant`: no decay.
+    `cosine`: half a cosine; `linear`: a straight line; `constant`: no decay; milestones: a tenth from each on.
     """
     if step < plan.warmup:
         return plan.lr * step / plan.warmup

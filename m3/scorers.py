@@ -15,7 +15,7 @@ from torch import Tensor
 from m3.errors import M3Error
 from m3.plugins import Strict
 from m3.random import Draws
-from m3.types import Tokens
+from m3.types import Tokens, take
 
 
 class Uniform:
@@ -244,3 +244,142 @@ class Span:
         index = torch.arange(1, u.shape[1] + 1, device=u.device)
         in_a_row = index - (index * ~says_leave).cummax(dim=1).values
         return (in_a_row % 2 == 1)[:, 1:]
+
+
+class Tube:
+    """Hides the same places at all times: noise shared along time (VideoMAE, Tong et al. 2022, section 3.3).
+
+    A place is all coordinates but the first. The tokens of a place lie next to one another in the order of the scores,
+    so a budget that is a multiple of the time slots cuts no tube; another one cuts one. Tokens over fewer than three
+    axes (images, text) are no recording of places and get uniform noise.
+    """
+
+    class Spec(Strict):
+        """Noise shared along time has no settings."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores."""
+        scores = {}
+        for name, part in tokens.items():
+            noise = draws.uniform(f"score/{name}", part.count)
+            if part.positions.shape[-1] >= 3:
+                # Places of a random order instead of the noise itself: two tubes never have the same score.
+                order = noise.argsort(dim=1, stable=True).argsort(dim=1).float()
+                noise = order.gather(1, _places(part.positions).expand(len(noise), -1))
+            scores[name] = noise
+        return scores
+
+
+class RunningCell:
+    """A pattern in cells of 2 x 2 places that moves on by one place each time slot (VideoMAE V2, Wang et al. 2023).
+
+    The four places of a cell, row by row, are numbered 0 to 3 around a ring that turns by one each slot, from a
+    random start; the score is that number plus noise below 1. So a share of 1/4, 1/2 or 3/4 takes the same pattern in
+    every cell, and over four slots every place equally often; other shares, and grids of odd size, are levelled at
+    random. Tokens over other than three axes get uniform noise.
+    """
+
+    class Spec(Strict):
+        """The pattern has no settings."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores."""
+        scores = {}
+        for name, part in tokens.items():
+            noise = draws.uniform(f"score/{name}", part.count)
+            if part.positions.shape[-1] == 3:
+                slot, row, column = (_numbered(part.positions[..., axis]) for axis in range(3))
+                start = (draws.uniform(f"start/{name}", 1) * 4).long()
+                noise = noise + (2 * (row % 2) + column % 2 + slot + start) % 4
+            scores[name] = noise
+        return scores
+
+
+def _places(positions: Tensor) -> Tensor:
+    """Return (1 or B, N) int64 in [0, N): equal for tokens at positions (1 or B, N, A) that differ in time alone."""
+    count = positions.shape[1]
+    place = torch.zeros(positions.shape[:2], dtype=torch.long, device=positions.device)
+    for axis in range(1, positions.shape[-1]):
+        place = _numbered(place * count + _numbered(positions[..., axis]))
+    return place
+
+
+def _numbered(x: Tensor) -> Tensor:
+    """Number the different values of each row of (B, N) in ascending order from 0 -> (B, N) int64."""
+    values, order = x.sort(dim=1)
+    is_new = torch.cat([torch.zeros_like(order[:, :1]), (values.diff(dim=1) != 0).long()], dim=1)
+    return torch.zeros_like(order).scatter(1, order, is_new.cumsum(1))
+
+
+class TimeFrequency:
+    """Hides whole steps of time and whole bands of frequency, as SpecAugment does and AudioMAE's fine-tuning.
+
+    Both axes of a grid are put in random order, and the visible tokens are those of the first steps and first bands.
+    They are exactly whole steps and bands where the budget is floor(T (1 - time)) * floor(F (1 - frequency)); another
+    one takes more or fewer of both, in the same proportion, and cuts the last. Tokens that fill no grid of two axes
+    get uniform noise.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: time_frequency`.
+
+        Attributes:
+            time: share of the steps along the first axis that is hidden.
+            frequency: share of the bands along the second.
+        """
+
+        time: float = Field(default=0.2, ge=0, lt=1)
+        frequency: float = Field(default=0.2, ge=0, lt=1)
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores."""
+        return {
+            name: self._bars(name, part, (part.counts[0], part.counts[1]), draws)
+            if part.counts is not None and len(part.counts) == 2
+            else draws.uniform(f"score/{name}", part.count)
+            for name, part in tokens.items()
+        }
+
+    def _bars(self, name: str, part: Tokens, counts: tuple[int, int], draws: Draws) -> Tensor:
+        """Score a token by the place of its step or of its band in their random orders, whichever is later."""
+        is_there = torch.ones_like(part.values[..., 0], dtype=torch.bool) if part.is_valid is None else part.is_valid
+        is_there = is_there.view(-1, *counts)
+        step = self._places(draws.uniform(f"time/{name}", counts[0]), is_there.any(2)) / (1 - self.spec.time)
+        band = self._places(draws.uniform(f"band/{name}", counts[1]), is_there.any(1)) / (1 - self.spec.frequency)
+        return torch.maximum(step.unsqueeze(2), band.unsqueeze(1)).flatten(1)
+
+    def _places(self, noise: Tensor, is_there: Tensor) -> Tensor:
+        """Return (B, n) the place of each in random order, as a share of those that exist; the last has 1."""
+        order = noise.masked_fill(~is_there, 1.0).argsort(dim=1, stable=True)
+        place = order.argsort(dim=1) + 1
+        return place / is_there.sum(1, keepdim=True).clamp(min=1)
+
+
+class Nearest:
+    """Hides the tokens nearest to one that is drawn at random, itself included: Point-MAE's block masking."""
+
+    class Spec(Strict):
+        """Settings of `type: nearest`; it has none."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores: minus the distance, in the units of the positions."""
+        return {name: self._distances(name, part, draws) for name, part in tokens.items()}
+
+    def _distances(self, name: str, part: Tokens, draws: Draws) -> Tensor:
+        is_there = torch.ones_like(part.values[..., 0], dtype=torch.bool) if part.is_valid is None else part.is_valid
+        number = (draws.uniform(f"centre/{name}", 1) * is_there.sum(1, keepdim=True)).floor()
+        centre = (is_there.cumsum(1) > number).int().argmax(1, keepdim=True)  # the token that exists of this number
+        place = part.positions.expand(len(is_there), -1, -1)
+        return -(place - take(place, centre)).square().sum(-1).sqrt()

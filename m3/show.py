@@ -17,12 +17,15 @@ from m3.types import Batch
 
 BASELINES = {
     "neighbours": "neighbours: mean of the visible patches around a hidden one",
+    "nearest": "nearest: the visible token nearest to a hidden one, in space and time, once more",
     "constant": "constant: the training mean, median or most frequent class",
     "average_map": "average map: the training mean, median or most frequent class of each place",
     "patch_mean": "patch mean: the hidden patch's own mean",
     "chance": "chance: a guess, candidates in random order",
     "majority": "majority: the most frequent class of these samples, for all of them",
     "without": "without: the same model, not shown another modality",
+    "raw": "raw: the same probe on the normalised values themselves",
+    "random": "random: the same probe on the network with fresh weights",
     "one_code": "one code: a collapsed codebook that says the same of everything",
 }
 
@@ -75,7 +78,7 @@ def metrics_table(rows: list[Row]) -> Table:
     """Make the table model, baseline, difference; an arrow tells which direction is better."""
     used = dict.fromkeys(row.baseline_name for row in rows)
     table = Table(title="Held-out samples", title_justify="left", caption_justify="left", caption_style="")
-    table.caption = "Baselines: " + "\n".join(BASELINES[name] for name in used)
+    table.caption = "Baselines: " + "\n".join(BASELINES.get(name, name) for name in used)
     for column in ("task", "measure", "model", "baseline", "difference", ""):
         table.add_column(column, justify="right" if column in ("model", "baseline", "difference") else "left")
     for row in rows:
@@ -128,7 +131,7 @@ def _draw_values(
         size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
     known = tokens.is_valid if is_known is None else is_known
     spread = None if known is None else model.spread(name, known, tokens, size)[sample]
-    signal = model.tokenizers[name].detokenize(values, tokens.positions, size)  # type: ignore[operator]
+    signal = model.detokenize(name, values, tokens, size)
     return modality.show(signal[sample], spread)
 
 

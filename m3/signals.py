@@ -17,6 +17,7 @@ class Signal(NamedTuple):
         classes: number of classes, 0 for values.
         has_gaps: some positions may be unknown: NaN in values, -1 in class ids. No loss asks for them.
         channel_axis: of a batch of values: 1, or -1 for lists of points.
+        sentinels: how many of the classes, the last ones, stand for hidden spans; they make it a sequence.
         is_boxed: the last four channels are a box: left, top, right, bottom.
     """
 
@@ -27,6 +28,7 @@ class Signal(NamedTuple):
     has_gaps: bool = False
     channel_axis: int = 1
     is_boxed: bool = False
+    sentinels: int = 0
 
     def extent(self, signal: Tensor) -> tuple[int, ...]:
         """Return the size along the position axes of a batch (B, ...) of normalised signals."""

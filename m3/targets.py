@@ -2,17 +2,17 @@
 
 A provider of another package may leave out what is said in `Target`; then its target is like the modality's own values.
 
-Letters: B batch, N tokens, T targets, P values per token, K classes, C channels of a teacher.
+Letters: B batch, N tokens, T targets, P values per token, C channels, K classes.
 """
 
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeFloat, NonNegativeInt
 from torch import Tensor
 
 from m3.errors import M3Error
@@ -48,48 +48,94 @@ class Target:
 class Values(Target):
     """The token's own values: normalised pixels, depths, class ids; optionally normalised within each patch.
 
-    `normalise: patch` is MAE's target (He et al. 2021, section 4.2): (t - mean) / sqrt(variance + 1e-6) over
-    all P values of a patch together, unbiased variance.
+    `normalise: true` is MAE's target (He et al. 2021, section 4.2): (t - mean) / sqrt(variance + 1e-6) over
+    all P values of a patch together, unbiased variance. `channel` takes mean and variance of each channel for itself:
+    with `eps_on: variance` OmniMAE's target (Girdhar et al. 2022), with `eps_on: deviation` VideoMAE's (Tong et al.
+    2022), (t - mean) / (sqrt(variance) + 1e-6). Both work on pixels in [0, 1]; a value here is such a pixel less the
+    modality's mean over its std, which leaves the target as it is if eps is 1e-6 / std (on the variance: 1e-6 /
+    std^2), channel by channel.
     """
 
     class Spec(Strict):
         """Settings of `type: values`.
 
         Attributes:
-            normalise: `none` or `patch`.
+            normalise: within each patch: false: not; true: all values together; `channel`: each channel for itself.
+            eps: keeps patches of one colour finite; for all channels, or for each.
+            eps_on: what eps is added to: the variance, or its root.
+            step: of a token that spans several steps along the first axis (frames of a tube), the only one that is
+                predicted, 0 for the first (Feichtenhofer et al. 2022, section 4.1); null: all.
         """
 
-        normalise: bool = False
-
-    eps = 1e-6
+        normalise: bool | Literal["channel"] = False
+        eps: NonNegativeFloat | tuple[NonNegativeFloat, ...] = 1e-6
+        eps_on: Literal["variance", "deviation"] = "variance"
+        step: int | None = None
 
     def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
         super().__init__(tokenizer)
         self.spec = spec
-        self.is_relative = spec.normalise
+        self.is_relative = bool(spec.normalise)
+        signal = tokenizer.signal
+        self.channels, self.steps = signal.channels, 1
+        is_ordered = signal.kind == "values" and signal.channel_axis == 1
+        if not is_ordered and (spec.normalise == "channel" or spec.step is not None):
+            raise M3Error("target.normalise: channel and target.step need values (channel, ...); leave them out here.")
+        if isinstance(spec.eps, tuple) and (spec.normalise != "channel" or len(spec.eps) != signal.channels):
+            raise M3Error(
+                f"target.eps: {len(spec.eps)} numbers are for `normalise: channel` and {len(spec.eps)} channels, got "
+                f"`{spec.normalise}` and {signal.channels}; give one number or correct them."
+            )
+        if spec.step is not None:
+            if len(signal.size) != len(tokenizer.reference):
+                raise M3Error("target.step needs tokens on a grid; leave it out here.")
+            self.steps = signal.size[0] // tokenizer.reference[0]
+            if not 0 <= spec.step < self.steps:
+                raise M3Error(f"target.step: a token spans steps 0 to {self.steps - 1}, got {spec.step}; choose one.")
+            self.width = self.count = tokenizer.output_width // self.steps
 
     def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
         """Return the targets (B, T, P) of the tokens at index (B, T), as float values or int64 class ids."""
-        values = take(tokens.values, index)
+        values = self._chosen(take(tokens.values, index))
         if not self.spec.normalise:
             return values
         mean, deviation = self._statistics(values)
-        return (values - mean) / deviation
+        return ((self._split(values) - mean) / deviation).reshape(values.shape)
 
     def restore(self, predicted: Tensor, tokens: Tokens) -> Tensor:
         """Undo the normalisation of predictions (B, N, P) for all tokens, with the truth's own statistics.
 
-        For pictures only: a normalised prediction says nothing about a patch's mean and contrast.
+        For pictures only: a normalised prediction says nothing about a patch's mean and contrast. Where one step is
+        predicted, it stands for the others.
         """
-        if not self.spec.normalise:
+        if self.spec.normalise:
+            mean, deviation = self._statistics(self._chosen(tokens.values))
+            predicted = (self._split(predicted) * deviation + mean).reshape(predicted.shape)
+        if self.spec.step is None:
             return predicted
-        mean, deviation = self._statistics(tokens.values)
-        return predicted * deviation + mean
+        each = predicted.unflatten(-1, (self.channels, 1, -1))
+        return each.expand(*each.shape[:-2], self.steps, -1).flatten(-3)
+
+    def _chosen(self, values: Tensor) -> Tensor:
+        """Take the predicted step of values (B, T, P), which are ordered (channel, step, ...)."""
+        if self.spec.step is None:
+            return values
+        return values.unflatten(-1, (self.channels, self.steps, -1))[..., self.spec.step, :].flatten(-2)
+
+    def _split(self, values: Tensor) -> Tensor:
+        """Bring values (B, T, P) into the groups that are normalised: (B, T, 1 or C, P / C)."""
+        return values.unflatten(-1, (self.channels if self.spec.normalise == "channel" else 1, -1))
 
     def _statistics(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        values = values.float()
-        variance, mean = torch.var_mean(values, dim=-1, keepdim=True)
-        return mean, (variance + self.eps).sqrt()
+        """Return mean and deviation (B, T, 1 or C, 1) of values (B, T, P)."""
+        variance, mean = torch.var_mean(self._split(values.float()), dim=-1, keepdim=True)
+        eps = _column(self.spec.eps, values) if isinstance(self.spec.eps, tuple) else self.spec.eps
+        return mean, (variance + eps).sqrt() if self.spec.eps_on == "variance" else variance.sqrt() + eps
+
+
+def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
+    """Return (C, 1) float32 on the device of another tensor, made there: a copy would wait for the device."""
+    return torch.stack([torch.full((1,), number, device=like.device) for number in numbers])
 
 
 class SoftLabels:
@@ -119,7 +165,7 @@ class SoftLabels:
 class MostLikely(SoftLabels):
     """The most likely class of the token's values, as an id, for loss `cross_entropy` (UNITER's MRC)."""
 
-    class Spec(Strict):
+    class Spec(Strict):  # type: ignore[override]
         """Settings of `type: most_likely`.
 
         Attributes:

@@ -15,6 +15,7 @@ called `is_*` and True means that the element takes part. Indices count content 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -89,12 +90,16 @@ class Tokens:
         is_valid: (B, N) bool, or None when every token exists.
         group: (B, N) int64 in [0, N): tokens of a sample with equal numbers only make sense together (the pieces
             of a word); None when every token stands alone.
+        counts: tokens along each axis, the last one fastest, where they fill a grid; None where they don't.
+        sentinels: class ids that stand for hidden spans and their end; None when the tokens are no sequence.
     """
 
     values: Tensor
     positions: Tensor
     is_valid: Tensor | None = None
     group: Tensor | None = None
+    counts: tuple[int, ...] | None = None
+    sentinels: range | None = None
 
     @property
     def count(self) -> int:
@@ -129,8 +134,8 @@ class MaskPlan:
 
     Attributes:
         visible: modality -> (B, S) int64, ascending: tokens that are embedded, an index into the modality's N.
-        target: modality -> (B, T) int64, ascending: tokens that are predicted, an index into the modality's N. With
-            several blocks of targets: ascending within each.
+        target: modality -> (B, T) int64: tokens that are predicted, an index into the modality's N; ascending, with
+            several blocks of targets within each, or in the order of `asked`.
         is_target: modality -> (B, T) bool; a modality that is not listed has all its T targets.
         order: (B, V) int64, where in the concatenation of all visible slots each encoder token lies;
             None when the encoder takes all slots as they stand.
@@ -138,6 +143,12 @@ class MaskPlan:
         shown: modality -> (B, S) int64, what the slots show where hidden tokens are replaced instead of dropped:
             OWN, HIDDEN, or k >= 0, class id k. A modality that is not listed shows its own content everywhere.
         partners: who lends whom a modality; None: every sample has its own.
+        asked: modality -> (B, T) int64, of sequences that are predicted one after the other: OWN, the token's own
+            content, or k >= 0, class id k. The first is where they begin and is given, all others are asked for.
+        place: modality -> (B, S) int64, the token whose position a visible slot is given; a modality that is not
+            listed has the tokens' own.
+        target_order: (B, sum of T) int64, where in the concatenation of all target slots each token lies that the
+            decoder works on, the targets first; None when it takes all slots as they stand.
         blocks: modality -> K: the T targets are K blocks of the same size, one behind the other; they may overlap, and
             an objective may predict each by itself. A modality that is not listed has one.
     """
@@ -149,12 +160,35 @@ class MaskPlan:
     is_valid: Tensor | None = None
     shown: dict[str, Tensor] = field(default_factory=dict)
     partners: Partners | None = None
+    asked: dict[str, Tensor] = field(default_factory=dict)
+    place: dict[str, Tensor] = field(default_factory=dict)
+    target_order: Tensor | None = None
     blocks: dict[str, int] = field(default_factory=dict)
 
     def pack(self, slots: dict[str, Tensor]) -> Tensor:
         """Bring per-modality slots into encoder order: modality -> (B, S, *rest) to (B, V, *rest)."""
         joined = torch.cat([slots[name] for name in self.visible], dim=1)
         return joined if self.order is None else take(joined, self.order)
+
+    def pack_targets(self, slots: dict[str, Tensor]) -> Tensor:
+        """Bring per-modality target slots into decoder order, as `pack` does for the encoder."""
+        joined = torch.cat([slots[name] for name in self.target], dim=1)
+        return joined if self.target_order is None else take(joined, self.target_order)
+
+    def asks(self, modality: str) -> Tensor:
+        """Return (B, T) bool, True for target slots of `modality` that a loss asks for."""
+        index = self.target[modality]
+        return self.is_target.get(modality, torch.ones_like(index, dtype=torch.bool))
+
+    def is_seen(self, modality: str, count: int) -> Tensor:
+        """Return (B, N) bool, True for the `count` tokens of `modality` whose own content the encoder sees."""
+        index = self.packed_index()
+        is_own = self.packed_modality() == list(self.visible).index(modality)
+        content = self.packed_content()
+        if content is not None:
+            is_own = is_own & content
+        seen = torch.zeros(len(index), count + 1, dtype=torch.bool, device=index.device)
+        return seen.scatter(1, index.masked_fill(~is_own, count), True)[:, :count]
 
     def packed_index(self) -> Tensor:
         """Return (B, V) int64: for each encoder token its index within its own modality."""
@@ -184,12 +218,14 @@ class Encoded:
         prefix_count: R, may be 0.
         plan: the plan that says which token each state belongs to.
         layers: block number -> (B, R + V, D) states after that block, for those that were asked for.
+        keys: (B,) int64 that what is random in the network derives from; None: nothing is, as for inference.
     """
 
     sequence: Tensor
     prefix_count: int
     plan: MaskPlan
     layers: dict[int, Tensor] = field(default_factory=dict)
+    keys: Tensor | None = None
 
     @property
     def prefix(self) -> Tensor:
@@ -236,16 +272,22 @@ class Part:
         sum: () sum of the losses of all elements, with gradient.
         count: () number of elements, without gradient.
         weight: factor on sum / count; a tensor when it is learned.
+        average: `own`: sum / count is a summand of the loss; `parts`: the parts of an objective that say so are
+            averaged, those without any element in the whole step left out; `elements`: they are averaged by their
+            counts, so that every element weighs the same.
     """
 
     sum: Tensor
     count: Tensor
     weight: float | Tensor = 1.0
+    average: Literal["own", "parts", "elements"] = "own"
 
 
 @dataclass(frozen=True)
 class Loss:
     """Named parts of a loss; its value is the weighted sum over parts of sum / count.
+
+    Names are `objective/part`, or `part` where there is one objective only.
 
     Attributes:
         parts: name -> summand.
@@ -259,5 +301,16 @@ class Loss:
     def total(self, counts: dict[str, Tensor] | None = None) -> Tensor:
         """Return () the loss with each part divided by `counts` (global counts), or by its own count."""
         counts = counts or {name: part.count for name, part in self.parts.items()}
-        terms = [p.weight * p.sum / counts[name].clamp(min=1) for name, p in self.parts.items()]
+        terms = [
+            p.weight * self._share(name, counts) * p.sum / counts[name].clamp(min=1) for name, p in self.parts.items()
+        ]
         return torch.stack(terms).sum()
+
+    def _share(self, name: str, counts: dict[str, Tensor]) -> Tensor | float:
+        """Return a part's share of the mean over the parts of its objective; 1 where it is a summand of its own."""
+        kind, objective = self.parts[name].average, name.rpartition("/")[0]
+        if kind == "own":
+            return 1.0
+        joined = [n for n, p in self.parts.items() if n.rpartition("/")[0] == objective and p.average == kind]
+        own = {n: counts[n] if kind == "elements" else (counts[n] > 0).to(counts[n].dtype) for n in joined}
+        return own[name] / torch.stack(list(own.values())).sum().clamp(min=1)

@@ -88,7 +88,7 @@ class Text(Modality):
     def signal(self) -> Signal:
         """Ids (B, L)."""
         classes = self.vocabulary.size + self.spec.sentinels
-        return Signal("classes", 1, (self.spec.length,), classes, has_gaps=True)
+        return Signal("classes", 1, (self.spec.length,), classes, has_gaps=True, sentinels=self.spec.sentinels)
 
     def sentinel(self, number: int) -> int:
         """Return the id of a sentinel, numbered from 0.

@@ -52,7 +52,8 @@ class ClassPatch(Tokenizer):
     def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:
         """Cut (B, H, W) int64 class ids into tokens with values (B, N, P)."""
         values = patchify(signal.unsqueeze(1), self.patch)
-        return Tokens(values, grid(grid_of(signal.shape[1:], self.patch), self.reference, signal.device))
+        counts = grid_of(signal.shape[1:], self.patch)
+        return Tokens(values, grid(counts, self.reference, signal.device), counts=counts)
 
     def embed(self, values: Tensor) -> Tensor:
         """Project class ids (B, S, P) to (B, S, D)."""

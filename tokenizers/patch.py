@@ -75,7 +75,8 @@ class Patch(Tokenizer):
     def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:
         """Cut (B, C, H, W) float into tokens with values (B, N, P); any H and W that the patch divides."""
         values = patchify(signal, self.patch)
-        return Tokens(values, grid(grid_of(signal.shape[2:], self.patch), self.reference, signal.device))
+        counts = grid_of(signal.shape[2:], self.patch)
+        return Tokens(values, grid(counts, self.reference, signal.device), counts=counts)
 
     def embed(self, values: Tensor) -> Tensor:
         """Project (B, S, P) to (B, S, D); values that nobody knows (NaN) enter as 0, the mean."""

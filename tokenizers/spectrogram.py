@@ -29,7 +29,7 @@ class Spectrogram(Patch):
         rows, columns = grid_of(signal.shape[2:], self.patch)
         # A longer recording has positions beyond the reference, not between them: time has a unit.
         positions = grid((rows, columns), (rows, self.reference[1]), signal.device)
-        return Tokens(values, positions, ~values.isnan().all(-1))
+        return Tokens(values, positions, ~values.isnan().all(-1), counts=(rows, columns))
 
     def detokenize(self, values: Tensor, positions: Tensor, size: tuple[int, ...]) -> Tensor:
         """Put (B, N, P) together to (B, C, T, F)."""

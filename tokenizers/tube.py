@@ -6,6 +6,7 @@ is the size of a tube. Values are ordered (channel, frame, row, column).
 
 from __future__ import annotations
 
+import torch
 from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -48,8 +49,20 @@ class Tube(Tokenizer):
         self.value_width = self.output_width = signal.channels * spec.frames * size[0] * size[1]
         self.projection: nn.Module = Linear(self.value_width, width)
 
+    def reads(self, signal: Signal) -> bool:
+        """Return True for other videos, and for images."""
+        as_video = signal._replace(size=(self.tube[0], *signal.size)) if len(signal.size) == 2 else signal
+        return super().reads(as_video)
+
     def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:
-        """Cut (B, C, T, H, W) float into tokens with values (B, N, P)."""
+        """Cut (B, C, T, H, W) float into tokens with values (B, N, P).
+
+        An image (B, C, H, W) is a video of one tube that stands still, at time 0 (Girdhar et al. 2022, section 3).
+        """
+        if signal.ndim == 4:
+            still = self.tokenize(signal.unsqueeze(2).expand(-1, -1, self.tube[0], -1, -1))
+            time, *place = still.positions.unbind(-1)
+            return Tokens(still.values, torch.stack([torch.zeros_like(time), *place], dim=-1))
         t, h, w = counts = self._counts(signal.shape[2:])
         x = signal.unflatten(4, (w, -1)).unflatten(3, (h, -1)).unflatten(2, (t, -1))
         values = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
@@ -68,7 +81,10 @@ class Tube(Tokenizer):
         return self.projection(values.nan_to_num(0.0) if self.signal.has_gaps else values)
 
     def detokenize(self, values: Tensor, positions: Tensor, size: tuple[int, ...]) -> Tensor:
-        """Put (B, N, P) together to (B, C, T, H, W)."""
+        """Put (B, N, P) together to (B, C, T, H, W), or to an image (B, C, H, W): the mean of its tube's frames."""
+        if len(size) == 2:
+            video = self.detokenize(values, positions, (self.tube[0], *size))
+            return video.mean(2) if video.is_floating_point() else video[:, :, 0]
         counts = self._counts(size)
         x = values.unflatten(2, (-1, *self.tube)).unflatten(1, counts)  # (B, T', H', W', C, t, h, w)
         return x.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)

@@ -14,7 +14,7 @@ from torch import Tensor
 from m3.errors import M3Error
 from m3.model import M3Model
 from m3.plugins import Modality, Signal
-from m3.types import Batch, Tokens
+from m3.types import Batch, Tokens, take
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,23 @@ def neighbours(signal: Signal, tokens: Tokens, is_visible: Tensor) -> Tensor:
     everywhere = (colour * seen.unsqueeze(-1)).sum(1, keepdim=True) / seen.sum(1).clamp(min=1)[:, None, None]
     guess = torch.where(near_count > 0, near / near_count.clamp(min=1), everywhere)
     return guess.unsqueeze(-1).expand(-1, -1, -1, tokens.values.shape[-1] // signal.channels).flatten(2)
+
+
+def nearest_visible(tokens: Tokens, is_visible: Tensor) -> Tensor:
+    """Find the visible token nearest to each token: (B, N) int64, the first of equally near ones.
+
+    Distances are straight lines through the coordinates, so through space and time for tubes, in tokens along each
+    axis. In a sample without visible tokens it is the first token.
+    """
+    found = []
+    positions = tokens.positions.expand(len(is_visible), -1, -1)
+    for place, seen in zip(positions, is_visible, strict=True):  # one by one: N x N distances are many
+        distance = (place.unsqueeze(1) - place).square().sum(-1)
+        found.append(distance.masked_fill(~seen, torch.inf).argmin(1))
+    return torch.stack(found)
+
+
+def repeated(tokens: Tokens, values: Tensor, is_visible: Tensor) -> Tensor:
+    """Predict each token as the nearest visible one: values (B, N, P) -> (B, N, P); 0 where that one is unknown."""
+    there = is_visible.any(1)[:, None, None]
+    return take(values.nan_to_num(0.0), nearest_visible(tokens, is_visible)) * there

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, nearest, within
 from m3.parts import build_spec
-from m3.plugins import Predictor, Strict, Tokenizer, View
+from m3.plugins import Objective, Predictor, Strict, Tokenizer, View
 from m3.points import chamfer
 from m3.types import Encoded, Loss, MaskPlan, Part, Tokens, take
 
@@ -32,7 +32,7 @@ class TargetSpec(Strict):
         target: provider of the true values.
         loss: `mse`, `l1`, `smooth_l1` (values), `cross_entropy` (class ids), `kl` (probabilities), or `chamfer`
             (groups of points, as sets; Point-MAE).
-        decoder: overrides the objective's decoder.
+        decoder: overrides the objective's decoder; `same_as: TARGET` shares that of another objective's target.
         weight: factor on this part of the loss.
     """
 
@@ -78,6 +78,8 @@ class Reconstruct(Predictor):
         self.views = (self.view,)
         tower = tokenizers[self.inputs[0]].tower
         self.decoders = nn.ModuleDict()
+        self._lenders: dict[str, str] = {}
+        self._borrowed: dict[str, nn.Module] = {}  # in a plain dict, out of reach of `parameters`
         self.providers, self.of, self.channels = {}, {}, {}
         self.places: dict[str, str] = {}
         for name, target in spec.targets.items():
@@ -91,9 +93,11 @@ class Reconstruct(Predictor):
             tokenizer = tokenizers[modality]
             part, settings = build_spec("targets", target.target, f"targets.{name}.target")
             provider = self.providers[name] = part(settings, tokenizer)
-            decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")
-            with within(f"targets.{name}.decoder"):
-                self.decoders[name] = decoder(settings, tower, tokenizers, self.inputs, place, provider.width)
+            self._lenders[name] = (target.decoder or spec.decoder).get("same_as", "")
+            if not self._lenders[name]:
+                decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")
+                with within(f"targets.{name}.decoder"):
+                    self.decoders[name] = decoder(settings, tower, tokenizers, self.inputs, place, provider.width)
             self.of[name], self.channels[name] = modality, tokenizer.signal.channels
             check_loss(name, target.loss, tokenizer, said(provider, "kind", None))
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
@@ -103,6 +107,27 @@ class Reconstruct(Predictor):
         self.is_relative = {name: said(part, "is_relative", False) for name, part in self.providers.items()}
         self.modality_of = {name: m for name, m in self.of.items() if said(self.providers[name], "is_signal", True)}
         self.part_names = (*spec.targets, *(["balance"] if spec.balance == "uncertainty" else []))
+
+    def borrow(self, others: dict[str, Objective]) -> None:
+        """Find the decoders that other objectives share with this one.
+
+        Raises:
+            M3Error: there is no such target, or its decoder can't predict this one.
+        """
+        lent = {name: o for o in others.values() if isinstance(o, Reconstruct) and o is not self for name in o.decoders}
+        for name, other in self._lenders.items():
+            where = f"targets.{name}.decoder.same_as"
+            if not other:
+                continue
+            if other not in lent:
+                raise M3Error(f"{where}: no other objective has a decoder for `{other}`.{nearest(other, lent)}")
+            decoder, width = lent[other].decoders[other], lent[other].providers[other].width
+            if len(self.inputs) > 1 or not getattr(decoder, "reads_any", False) or width != self.providers[name].width:
+                raise M3Error(
+                    f"{where}: only a `self_decoder` of targets of one width can be shared, by objectives with one "
+                    f"input each; give `{name}` a decoder of its own."
+                )
+            self._borrowed[name] = decoder
 
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
         """Return one part per target, named after it."""
@@ -152,7 +177,8 @@ class Reconstruct(Predictor):
 
     def predict(self, name: str, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
         """Predict target `name` at the tokens index (B, T) -> (B, T, output width)."""
-        return self.decoders[name](encoded, tokens, index)
+        decoder = self._borrowed[name] if name in self._borrowed else self.decoders[name]
+        return decoder(encoded, tokens, index)
 
     def restore(self, name: str, output: Tensor, tokens: Tokens) -> Tensor:
         """Undo the normalisation of target `name`, for pictures (B, N, output width)."""
@@ -168,6 +194,11 @@ class Reconstruct(Predictor):
         modality, place = self.of[name], self.places[name]
         if modality not in tokens:
             raise M3Error(f"the batch has no `{modality}`, which target `{name}` needs; add it to the data.")
+        if place in plan.asked:
+            raise M3Error(
+                f"the masking asks for `{place}` as a sequence with sentinels, which this objective can't predict; "
+                f"use `type: translate`, or remove its `sentinels`."
+            )
         part = tokens[modality]
         if place in plan.target:
             index, is_target = plan.target[place], plan.is_target.get(place)

@@ -29,7 +29,7 @@ def grid_tokens() -> dict[str, Tokens]:
     tokens = {}
     for name, counts in GRIDS.items():
         positions = grid(counts, counts, torch.device("cpu"))
-        tokens[name] = Tokens(noise((SAMPLES, positions.shape[1], PATCH)), positions)
+        tokens[name] = Tokens(noise((SAMPLES, positions.shape[1], PATCH)), positions, counts=counts)
     lacking = torch.arange(12).unsqueeze(0) < torch.tensor([12, 7, 0, 3]).unsqueeze(1)
     return {**tokens, "sound": Tokens(tokens["sound"].values, tokens["sound"].positions, lacking)}
 

@@ -257,7 +257,8 @@ def rows_of(tokens: Tokens, rows: slice) -> Tokens:
     """Return some samples of a batch of tokens."""
     positions = tokens.positions if len(tokens.positions) == 1 else tokens.positions[rows]
     is_valid = None if tokens.is_valid is None else tokens.is_valid[rows]
-    return Tokens(tokens.values[rows], positions, is_valid, None if tokens.group is None else tokens.group[rows])
+    group = None if tokens.group is None else tokens.group[rows]
+    return Tokens(tokens.values[rows], positions, is_valid, group, tokens.counts)
 
 
 def _equal(a: Tokens, b: Tokens, is_exact: bool = True) -> bool:

@@ -28,7 +28,7 @@ def launch(recipe: str, out: Path, processes: int, micro: int) -> dict[str, torc
     return load_file(out)
 
 
-@pytest.fixture(scope="module", params=["multimae_tiny", "contrast"])
+@pytest.fixture(scope="module", params=["multimae_tiny", "contrast", "translate"])
 def whole(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
     """One batch of 8 in one process: what an objective of single samples and losses that join a step give."""
     folder = tmp_path_factory.mktemp("whole")

@@ -57,7 +57,7 @@ def decode(weights: dict, states: torch.Tensor, seen: list[int], asked: list[int
 
 def test_ijepa_predicts_each_block_by_itself_from_the_context() -> None:
     masking = {"type": "target_blocks", "visible": 6, "blocks": 3, "size": 5, "context": [0.7, 1.0]}
-    decoder = {"type": "context_decoder", **DECODER}
+    decoder = {"type": "self_decoder", "queries": "asked", **DECODER}
     model, batch = build_model(0, masking=masking, decoder=decoder), make_batch(2, ROWS * PATCH, COLUMNS * PATCH)
     prepared = model.prepare(batch)
     plan = prepared.plans[model.objectives["latent"].student_views[0]]

@@ -9,8 +9,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from m3 import masking
-from m3.random import Draws
+from m3.random import Draws, log_gamma_variates
 from m3.types import MaskPlan
 from tests.properties.masks import (
     SIZES,
@@ -42,7 +41,7 @@ def test_dirichlet_shares_have_the_right_mean(alpha):
 def test_dirichlet_shares_have_the_right_variance(alpha):
     n = 20000
     alphas = torch.tensor([alpha, alpha, 2 * alpha])
-    shares = masking.log_gamma_variates(alphas, Draws(torch.arange(n))).double().softmax(1)
+    shares = log_gamma_variates(alphas, Draws(torch.arange(n)), "gamma").double().softmax(1)
     total = alphas.double().sum()
     expected = alphas * (total - alphas) / (total**2 * (total + 1))
     deviations = (shares - shares.mean(0)) ** 2
@@ -54,7 +53,7 @@ def test_dirichlet_shares_have_the_right_variance(alpha):
 @pytest.mark.parametrize("alpha", [0.05, 0.2, 1.0, 3.0, 10.0, 200.0])
 def test_log_gamma_variates_follow_the_gamma_distribution(alpha):
     n, bins = 20000, 64
-    logs = masking.log_gamma_variates(torch.tensor([alpha, 1.0]), Draws(torch.arange(n)))[:, 0].double()
+    logs = log_gamma_variates(torch.tensor([alpha, 1.0]), Draws(torch.arange(n)), "gamma")[:, 0].double()
     shape = torch.tensor(alpha, dtype=torch.float64)
     assert logs.isfinite().all()
     assert (logs.mean() - torch.digamma(shape)).abs() < 4 * logs.std() / n**0.5
@@ -64,7 +63,7 @@ def test_log_gamma_variates_follow_the_gamma_distribution(alpha):
 
 
 def test_log_gamma_variates_of_two_modalities_are_independent():
-    logs = masking.log_gamma_variates(torch.tensor([0.7, 0.7]), Draws(torch.arange(20000)))
+    logs = log_gamma_variates(torch.tensor([0.7, 0.7]), Draws(torch.arange(20000)), "gamma")
     assert torch.corrcoef(logs.T)[0, 1].abs() < 4 / 20000**0.5
 
 

@@ -96,6 +96,10 @@ def test_modalities_and_tokenizers_keep_their_contracts(name: str, tokenizer: di
 @pytest.mark.parametrize("kind", available("positions"))
 @pytest.mark.parametrize("counts", GRIDS.values(), ids=GRIDS)
 def test_positions_keep_their_contract(kind: str, counts: tuple[int, ...]) -> None:
+    if kind == "separable" and len(counts) == 1:
+        with pytest.raises(M3Error, match=r"^separable positions need a grid of two or three axes; use `learned` "):
+            check_positions({"type": kind}, counts)
+        return
     check_positions({"type": kind}, counts)
 
 
@@ -127,6 +131,21 @@ def test_teachers_keep_the_contract_of_targets() -> None:
     tokenizer.modality = image
     pixels = torch.stack([image.to_raw(sample) for sample in samples_of("image")])
     check_target({"type": "teacher", "model": "timm:vit_tiny_patch16_224"}, tokenizer, image.normalise(pixels))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"normalise": True},
+        {"normalise": "channel"},
+        {"normalise": "channel", "eps_on": "deviation", "eps": (1e-6, 2e-6, 3e-6)},
+        {"step": 1},
+        {"normalise": True, "step": 0},
+        {"normalise": "channel", "step": 1},
+    ],
+)
+def test_normalised_targets_keep_the_contract(settings: dict[str, Any]) -> None:
+    check_target({"type": "values", **settings})
 
 
 @pytest.mark.parametrize("kind", available("objectives"))

@@ -26,7 +26,7 @@ PARTS = {
     "objectives": ("Rebuild", "from m3.objectives.reconstruct import Reconstruct as Base"),
     "positions": ("Waves", "from m3.positions import Sincos as Base"),
     "sources": ("Planet", "from m3.data.sources.world import World as Base"),
-    "maskings": ("Steady", "from m3.masking import Fixed as Base"),
+    "maskings": ("Steady", "from m3.maskings.fixed import Fixed as Base"),
     "coders": ("Passage", "from m3.coders import Vit as Base"),
     "quantisers": ("Rounding", "from m3.quantize import Fsq as Base"),
     "decoders": ("Slim", "from m3.heads import SelfDecoder as Base"),

@@ -240,8 +240,8 @@ def test_the_source_makes_what_the_modalities_read():
         ),
         "labels": SemanticMap(32, 56),
     }
-    offer = Offer(frames=2, sound_rate=4000)
-    world = World(DataSpec(samples=5), parts, 3, "train", offer)  # pyright: ignore[reportArgumentType]
+    options = {"frames": 2, "sound_rate": 4000}
+    world = World(DataSpec(samples=5, options=options), parts, 3, "train")  # pyright: ignore[reportArgumentType]
     assert world.scenes.signals == ("video", "audio", "semantic_map")
     signals = world.read(2).signals
     assert list(signals) == list(parts)

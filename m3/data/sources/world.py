@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+from pydantic import PositiveFloat, PositiveInt
+
 from m3.data.source import Sample, Source, Split
 from m3.data.world import WorldSource
 from m3.data.world.source import USUAL, Offer
-from m3.errors import M3Error
+from m3.errors import M3Error, read_settings
 from m3.parts import type_name
-from m3.plugins import Modality
+from m3.plugins import Modality, Strict
 from m3.recipe import DataSpec
 
 ENDLESS = 1_000_000
@@ -17,13 +21,31 @@ PICTURES = ("image", "depth", "semantic_map", "video", "normals")
 """Types whose signals end in height and width."""
 
 
+class Options(Strict):
+    """`data.options` of source `world`.
+
+    Attributes:
+        frames: of a video; a sound lasts as long, frames / fps seconds.
+        fps: frames per second.
+        sound_rate: samples of sound per second.
+        points: of a cloud.
+        objects: `all` of a scene, or of each scene only the `main` one, with the most pixels.
+    """
+
+    frames: PositiveInt = USUAL.frames
+    fps: PositiveFloat = USUAL.fps
+    sound_rate: PositiveInt = USUAL.sound_rate
+    points: PositiveInt = USUAL.points
+    objects: Literal["all", "main"] = "all"
+
+
 class World(Source):
     """Procedural scenes, made on the fly. A modality gets the signal of its type, whatever its name."""
 
-    def __init__(
-        self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split, offer: Offer = USUAL
-    ) -> None:
+    def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
+        options = read_settings(Options, spec.options, "data.options")
+        offer = Offer(**options.model_dump(exclude={"objects"}), is_alone=options.objects == "main")
         self.types = {name: part.reads or type_name(type(part).__name__) for name, part in modalities.items()}
         for name, kind in self.types.items():
             if kind not in WorldSource.SIGNALS:
@@ -43,6 +65,8 @@ class World(Source):
         """Render one scene."""
         scene = self.scenes.read(index)
         signals = {name: scene["signals"][kind] for name, kind in self.types.items()}
+        for name in (name for name, kind in self.types.items() if kind == "points"):  # with as many colours as are read
+            signals[name] = signals[name][:, : self.modalities[name].signal.channels]
         return Sample(signals, scene["id"], scene["labels"])
 
 

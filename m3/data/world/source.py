@@ -5,7 +5,7 @@ Letters: H height, W width, T frames of a video, S samples of a sound, P points.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,8 +14,9 @@ from m3.data.recording import Clip
 from m3.data.world.caption import SEEN_PIXELS, caption
 from m3.data.world.cloud import sample_points
 from m3.data.world.derived import boxes, camera_normals, regions
+from m3.data.world.motion import DIRECTIONS, SPEEDS, motion_labels
 from m3.data.world.render import Frame, render
-from m3.data.world.scene import COLOURS, SHAPES, Scene, Split, generator, sample_scene
+from m3.data.world.scene import COLOURS, MATERIALS, SHAPES, Scene, Split, generator, sample_scene
 from m3.data.world.sound import record, strikes, struck
 from m3.errors import M3Error
 
@@ -32,12 +33,14 @@ class Offer:
         fps: frames per second.
         sound_rate: samples per second.
         points: of a cloud.
+        is_alone: leave of each scene only the object with the most pixels.
     """
 
     frames: int = 8
     fps: float = 4.0
     sound_rate: int = 16000
     points: int = 1024
+    is_alone: bool = False
 
 
 USUAL = Offer()
@@ -54,6 +57,9 @@ class WorldSource:
         "shape": SHAPES,
         "color": tuple(COLOURS),
         "count": ("0", "1", "2", "3", "4", "5"),
+        "direction": DIRECTIONS,
+        "speed": SPEEDS,
+        "material": MATERIALS,
     }
 
     def __init__(
@@ -90,7 +96,8 @@ class WorldSource:
             `signals`: those that were asked for of image uint8 (H, W, 3), depth float32 (H, W) metres, semantic_map
             uint8 (H, W), text, video `Clip`, audio `Sound`, points float32 (P, 6) as `sample_points` says, normals
             float32 (H, W, 3) in the camera's frame, boxes and regions as functions of the name say;
-            `labels`: shape and color of the object with the most pixels, count of visible objects; `id`.
+            `labels`: shape, color and material of the object with the most pixels, count of visible objects, direction
+            and speed of that object in the picture from the first to the last frame of the video; `id`.
 
         Raises:
             IndexError: for an index outside 0 ... length - 1.
@@ -102,13 +109,20 @@ class WorldSource:
         scene = sample_scene(self.seed, index, self.split)
         frame = render(scene, self.height, self.width)
         seen = np.bincount(frame.instance.ravel(), minlength=len(scene.objects) + 1) / frame.instance.size
-        main = scene.objects[int(seen[1:].argmax())]
+        number = int(seen[1:].argmax())
+        main, duration = scene.objects[number], (self.offer.frames - 1) / self.offer.fps
+        if self.offer.is_alone:
+            scene, number = replace(scene, objects=(main,)), 0
+            frame = render(scene, self.height, self.width)
+            seen = np.bincount(frame.instance.ravel(), minlength=2) / frame.instance.size
         return {
             "signals": self._signals(index, scene, frame, seen),
             "labels": {
                 "shape": SHAPES.index(main.shape),
                 "color": list(COLOURS).index(main.colour),
                 "count": int((seen[1:] >= SEEN_PIXELS).sum()),
+                **motion_labels(scene, number, duration),
+                "material": MATERIALS.index(main.material),
             },
             "id": f"world/{self.split}/{index:06d}",
         }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from m3.errors import M3Error, nearest
-from m3.evaluate.baselines import Average, average, constant, known_values, neighbours
+from m3.evaluate.baselines import Average, average, constant, known_values, neighbours, repeated
 from m3.evaluate.task import Row, Task
 from m3.masking import Amount
 from m3.model import M3Model, Reconstruction
@@ -30,7 +30,8 @@ class Predict(Task):
             target: name of a target of the objective.
             visible: what the encoder sees, as in `M3Model.reconstruct`; null: the recipe's masking. Only positions
                 that the encoder did not see count.
-            baseline: `neighbours`: mean of the visible tokens around; `constant`: the training mean or most
+            baseline: `neighbours`: mean of the visible tokens around; `nearest`: the nearest visible token once more
+                (for a target of normalised patches, that one's target); `constant`: the training mean or most
                 frequent class; `average_map`: the same, position by position; `patch_mean`: the patch's own mean,
                 for a target of normalised patches, where it has error 1; `without`: the same model, asked for the
                 same positions, but not shown the modalities that `without` names.
@@ -39,13 +40,14 @@ class Predict(Task):
 
         target: str
         visible: dict[str, Amount] | None = None
-        baseline: Literal["neighbours", "constant", "average_map", "patch_mean", "without"] = "constant"
+        baseline: Literal["neighbours", "nearest", "constant", "average_map", "patch_mean", "without"] = "constant"
         without: tuple[str, ...] = ()
 
     def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
         super().__init__(spec, name, model, seed)
         self._check()
         self.modality = targets_of(model)[spec.target]
+        self.is_relative = any(predictor.is_relative.get(spec.target) for predictor in predictors(model))
         self.average: Average | None = None
         self._seen: list[Tensor] = []
         self._sums: tuple[Tensor, Tensor] | None = None
@@ -86,7 +88,7 @@ class Predict(Task):
             return []
         (own, theirs), self._sums = self._sums, None
         baseline = self.spec.baseline
-        if baseline == "patch_mean":
+        if self.is_relative:
             scores = (float(own[0] / own[1]), float(theirs[0] / theirs[1]))
             return [Row(self.name, "MSE of patches", *scores, baseline, higher_is_better=False)]
         modality = self.model.modalities[self.modality]
@@ -114,11 +116,13 @@ class Predict(Task):
                 f"{where}.without: `{unknown[0]}` is no other input of the objective.{nearest(unknown[0], inputs)}"
             )
         is_relative = any(predictor.is_relative.get(task.target) for predictor in predictors(model))
-        if is_relative != (task.baseline == "patch_mean"):
+        if task.baseline != "nearest" and is_relative != (task.baseline == "patch_mean"):
             raise M3Error(
                 f"{where}.baseline: `{task.baseline}` can't be compared with target `{task.target}`; use "
-                f"`patch_mean` for targets of normalised patches, and only for them."
+                f"`patch_mean` for targets of normalised patches, and only for them, or `nearest`."
             )
+        if task.baseline == "nearest" and modality not in inputs:
+            raise M3Error(f"{where}.baseline: `nearest` needs visible tokens of `{modality}`; use `constant`.")
         has_values = model.modalities[modality].signal.kind == "values"
         if task.baseline == "neighbours" and not (has_values and modality in inputs):
             raise M3Error(
@@ -136,17 +140,20 @@ class Predict(Task):
             is_asked = ~result.is_visible[place]
         if tokens.is_valid is not None:
             is_asked = is_asked & tokens.is_valid
-        if task.baseline == "patch_mean":
-            return _relative_errors(model, task.target, tokens, is_asked, result)
+        if self.is_relative:
+            is_visible = result.is_visible[name] if task.baseline == "nearest" else None
+            return _relative_errors(model, task.target, tokens, is_asked, result, is_visible)
         size = modality.signal.extent(modality.normalise(batch.signals[name][:1]))
 
         def signal(values: Tensor) -> Tensor:
-            return model.tokenizers[name].detokenize(values, tokens.positions, size)  # type: ignore[operator]
+            return model.detokenize(name, values, tokens, size)
 
         if blind is not None:
             guess = blind
         elif task.baseline == "neighbours":
             guess = signal(neighbours(model.tokens_hold(name), tokens, result.is_visible[name]))
+        elif task.baseline == "nearest":
+            guess = signal(repeated(tokens, tokens.values, result.is_visible[name]))
         else:
             assert self.average is not None, "`fit` comes first"
             guess = signal(constant(self.average, task.baseline == "average_map", tokens))
@@ -170,15 +177,23 @@ def targets_of(model: M3Model) -> dict[str, str]:
 
 
 def _relative_errors(
-    model: M3Model, target: str, tokens: Tokens, is_asked: Tensor, result: Reconstruction
+    model: M3Model,
+    target: str,
+    tokens: Tokens,
+    is_asked: Tensor,
+    result: Reconstruction,
+    is_visible: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum squared errors of normalised patches, and of 0 (the patch's mean) in their place, with their number."""
+    """Sum squared errors of normalised patches, and of the baseline in their place, with their number.
+
+    The baseline is 0, the patch's mean, or the target of the nearest of the tokens in `is_visible` (B, N).
+    """
     predictor = next(p for p in predictors(model) if target in p.modality_of)
     wanted = predictor.truth(target, tokens)
-    own = (result.output[target].float() - wanted).square().mean(-1)
-    theirs = wanted.square().mean(-1)
+    guess = torch.zeros_like(wanted) if is_visible is None else repeated(tokens, wanted, is_visible)
     count = is_asked.sum()
-    return (
-        torch.stack([(own * is_asked).sum(), count]).double(),
-        torch.stack([(theirs * is_asked).sum(), count]).double(),
-    )
+    sums = []
+    for predicted in (result.output[target].float(), guess):
+        errors = (predicted - wanted).square().mean(-1)
+        sums.append(torch.stack([(errors * is_asked).sum(), count]).double())
+    return sums[0], sums[1]

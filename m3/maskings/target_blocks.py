@@ -13,7 +13,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from m3.errors import M3Error
-from m3.masking import Amount, amount
+from m3.masking import Amount, Selection, amount
 from m3.plugins import Strict
 from m3.random import Draws
 from m3.scorers import rectangles
@@ -22,7 +22,7 @@ from m3.types import MaskPlan, Tokens, take
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class TargetBlocks:
+class TargetBlocks(Selection):
     """K blocks to be predicted, each by itself, from what is left of a large block (Assran et al. 2023, section 3).
 
     Every target block has exactly T tokens: a rectangle of a random aspect, whose last column is cut where it has more.

@@ -1,0 +1,1 @@
+"""Selections: from scores to a plan of what is seen and what is asked for; one file each."""
