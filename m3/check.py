@@ -46,6 +46,9 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
         for part in [objective, *objective.get("targets", {}).values()]:
             if "decoder" in part:
                 part["decoder"] = _small_decoder(part["decoder"])
+        for part in (objective.get("teacher", {}), objective.get("masking", {}).get("scorer", {})):
+            if "model" in part:
+                part.update(model=TEACHER, weights=None)
         if "layers" in objective:
             objective["layers"] = min(objective["layers"], 2)
         for name, part in objective.get("targets", {}).items():

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from m3 import masking
 from m3.errors import M3Error, nearest
-from m3.plugins import View
+from m3.plugins import Tokenizer, View
 from m3.random import Draws
 from m3.types import HIDDEN, OWN, MaskPlan, Tokens, take
 
@@ -55,6 +55,12 @@ class Masker:
         self.classes = classes
         self.budget = settings.get("visible")
         self.select = masking.build(view._replace(masking=json.dumps(settings, sort_keys=True)))
+
+    def bind(self, tokenizers: dict[str, Tokenizer]) -> None:
+        """Tell a scorer that asks for it how the modalities of the view are cut."""
+        scorer = getattr(self.select, "scorer", None)
+        if hasattr(scorer, "bind"):
+            scorer.bind(tokenizers)  # type: ignore[union-attr]  # `hasattr` says so
 
     def hides(self, name: str) -> bool:
         """Say whether a mask token stands in for hidden tokens of this modality; not where all of it is always seen."""

@@ -119,7 +119,9 @@ class Network(Encoder):
             for view in objective.views:
                 with within(f"objectives.{name}"):
                     self._check_view(view)
-                    self.views[view] = Masker(view, {n: _classes(self._tokenizer(n)) for n in view.modalities})
+                    own = {name: tokenizers[name] for name in view.modalities}
+                    self.views[view] = Masker(view, {name: _classes(part) for name, part in own.items()})
+                    self.views[view].bind(own)
         self.modality_embeddings = nn.ParameterDict()
         self.mask_tokens = nn.ParameterDict()
         self.towers = nn.ModuleDict()

@@ -1,6 +1,7 @@
 """Scorers: a number for every token. Tokens with low scores are seen, tokens with high scores are hidden.
 
-A new masking strategy is a new scorer: a class with a `Spec` and `__call__`. Letters: B batch, N tokens.
+A new masking strategy is a new scorer: a class with a `Spec` and `__call__`; one that must see more than tokens has a
+`bind` too (`Attention`). Letters: B batch, N tokens.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor
 
 from m3.errors import M3Error
-from m3.plugins import Strict
+from m3.plugins import Strict, Tokenizer
 from m3.random import Draws
+from m3.teachers import TeacherSpec
 from m3.types import Tokens, take
 
 
@@ -383,3 +385,34 @@ class Nearest:
         centre = (is_there.cumsum(1) > number).int().argmax(1, keepdim=True)  # the token that exists of this number
         place = part.positions.expand(len(is_there), -1, -1)
         return -(place - take(place, centre)).square().sum(-1).sqrt()
+
+
+class Attention:
+    """What a frozen teacher attends to is likelier to be seen: MaskAlign's attentive masks (Xue et al. 2023, 3.2).
+
+    Tokens are drawn without replacement with the attention of the teacher's class token in its last block as weights:
+    the largest of log(attention) + Gumbel noise (Kool et al. 2019).
+    """
+
+    class Spec(TeacherSpec):
+        """Settings of `type: attention`; see `TeacherSpec`."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.spec = spec
+        self.tokenizers: dict[str, Tokenizer] = {}
+
+    def bind(self, tokenizers: dict[str, Tokenizer]) -> None:
+        """Learn how the tokens were cut, to put the pictures together again; called once by the network."""
+        self.tokenizers = tokenizers
+        for tokenizer in tokenizers.values():
+            self.spec.channels(tokenizer)
+
+    def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
+        """Return modality -> (B, N) float scores."""
+        scores = {}
+        for name, part in tokens.items():
+            tokenizer = self.tokenizers[name]
+            attention = self.spec.open(tokenizer).attention(self.spec.pictures(tokenizer, part))
+            noise = draws.uniform(f"score/{name}", part.count).clamp(min=2.0**-25)
+            scores[name] = (-noise.log()).log() - attention.clamp(min=1e-12).log()
+        return scores
