@@ -164,8 +164,8 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 values = means(names, add_over_processes(accelerator, sums), counts)
                 if not are_finite(values):
                     raise not_finite(done, f"the losses {values}", checkpoint.newest(run))
-                values |= watch(watched, done)
-                line = clock.line(done, values, learning_rate(step, plan), float(norm), len(skipped.messages))
+                seen = values | watch(watched, done)
+                line = clock.line(done, seen, learning_rate(step, plan), float(norm), len(skipped.messages))
                 accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
                 bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
                 if accelerator.is_main_process:
