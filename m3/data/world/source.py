@@ -32,12 +32,16 @@ class Offer:
         fps: frames per second.
         sound_rate: samples per second.
         points: of a cloud.
+        features: values of a region's feature.
+        classes: of a region's soft labels.
     """
 
     frames: int = 8
     fps: float = 4.0
     sound_rate: int = 16000
     points: int = 1024
+    features: int = 192
+    classes: int = 1 + len(SHAPES)
 
 
 USUAL = Offer()
@@ -125,7 +129,7 @@ class WorldSource:
             "points": lambda: sample_points(scene, self._random(index, POINTS), offer.points),
             "normals": lambda: camera_normals(scene.camera, frame),
             "boxes": lambda: boxes(scene, frame),
-            "regions": lambda: regions(scene, frame),
+            "regions": lambda: regions(scene, frame, offer.features, offer.classes),
         }
         return {name: make[name]() for name in self.signals}
 
