@@ -5,6 +5,8 @@ Letters: B batch, T targets, P values per token, K classes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from pydantic import NonNegativeInt
 from torch import Tensor
@@ -61,7 +63,20 @@ class Values:
         return mean, (variance + self.eps).sqrt()
 
 
-class SoftLabels:
+class _Labels:
+    """What a decoder predicts as logits over the values of a token."""
+
+    is_relative = False
+
+    def __init__(self, spec: Any, tokenizer: Tokenizer) -> None:
+        self.width = tokenizer.output_width
+
+    def restore(self, predicted: Tensor, tokens: Tokens) -> Tensor:
+        """Turn logits (B, N, P) into probabilities."""
+        return predicted.softmax(-1)
+
+
+class SoftLabels(_Labels):
     """The token's values as probabilities of classes, for loss `kl` (UNITER's MRC-kl, Chen et al. 2020, section 3.2).
 
     Predictions are logits.
@@ -71,21 +86,13 @@ class SoftLabels:
         """Settings of `type: soft_labels`; it has none."""
 
     kind = "probabilities"
-    is_relative = False
-
-    def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
-        self.width = tokenizer.output_width
 
     def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
         """Return the probabilities (B, T, P) of the tokens at index (B, T), NaN where nobody knows them."""
         return take(tokens.values, index)
 
-    def restore(self, predicted: Tensor, tokens: Tokens) -> Tensor:
-        """Turn logits (B, N, P) into probabilities."""
-        return predicted.softmax(-1)
 
-
-class MostLikely(SoftLabels):
+class MostLikely(_Labels):
     """The most likely class of the token's values, as an id, for loss `cross_entropy` (UNITER's MRC)."""
 
     class Spec(Strict):
@@ -100,7 +107,7 @@ class MostLikely(SoftLabels):
     kind = "classes"
 
     def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
-        super().__init__(SoftLabels.Spec(), tokenizer)
+        super().__init__(spec, tokenizer)
         self.skip, self.classes = spec.skip, tokenizer.output_width
         if spec.skip >= self.classes:
             raise M3Error(f"target `most_likely` skips all of {self.classes} classes; lower `skip`.")
