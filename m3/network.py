@@ -20,9 +20,9 @@ from m3.backbone import Backbone, BackboneSpec, TowerSpec
 from m3.config import M3Config
 from m3.errors import M3Error, nearest, read_settings, within
 from m3.masker import Masker
-from m3.partners import Swap, draw_partners, swapped
+from m3.partners import Swap, check_swap, draw_partners, swapped
 from m3.parts import build_spec
-from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
+from m3.plugins import Coupled, Modality, Objective, Pool, Predictor, Tokenizer, View
 from m3.positions import Marks, Rotary, build_positions
 from m3.random import Draws
 from m3.sharing import check_readers, readers
@@ -134,7 +134,8 @@ class Network(PreTrainedModel):
         self.backbone = None  # objectives without views bring their own network
         seen = dict.fromkeys(name for view in self.views for name in view.modalities)
         hidden = {name for view, mask in self.views.items() for name in view.modalities if mask.hides(name)}
-        for name in self.modalities if self.views else ():
+        self.inputs = tuple(name for name in self.modalities if name in seen)
+        for name in self.inputs:
             tower = towers.get(self.tower_of[name], spec)
             if self.reader_of[name] == name:
                 self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
@@ -152,10 +153,13 @@ class Network(PreTrainedModel):
         for objective in objectives.values():
             objective.marks = self.marks
         self.objectives = nn.ModuleDict(objectives)
+        able = [name for name, part in objectives.items() if hasattr(part, "similarity")]
         for view in self.views:
-            self._check_swap(view)
+            check_swap(view, able)
         self.post_init()
         self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
+        for name in _only_targets(objectives, seen):  # they are never embedded
+            self.tokenizers[name].requires_grad_(False)
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
 
@@ -343,20 +347,6 @@ class Network(PreTrainedModel):
                 f"({', '.join(towers)}); put them into one tower."
             )
 
-    def _check_swap(self, view: View) -> None:
-        """Raise M3Error for a view whose mismatches can't be drawn."""
-        swap = Swap(**json.loads(view.swap)) if view.swap else None
-        if swap is None:
-            return
-        if swap.of not in view.modalities:
-            raise M3Error(f"`{swap.of}` can't be swapped in a view of {', '.join(view.modalities)}; name one of them.")
-        able = [name for name, objective in self.objectives.items() if hasattr(objective, "similarity")]
-        if swap.by != "random" and swap.by not in able:
-            raise M3Error(
-                f"swap.by: `{swap.by}` is no objective of type `contrast`; write `random` or add one."
-                f"{nearest(swap.by, able)}"
-            )
-
     def _freeze(self, towers: set[str]) -> None:
         """Take frozen towers (empty name: the backbone), with all that leads into them, out of training."""
         for name in (name for name, tower in self.tower_of.items() if tower in towers):
@@ -408,6 +398,13 @@ def _tower_of(towers: dict[str, TowerSpec], modalities: Iterable[str]) -> dict[s
                 raise M3Error(f"`{modality}` is in the towers {found[modality]} and {name}; leave it in one.")
             found[modality] = name
     return found
+
+
+def _only_targets(objectives: dict[str, Objective], seen: Iterable[str]) -> set[str]:
+    """Return the modalities that are predicted but that no view and no autoencoder reads."""
+    predictors = [part for part in objectives.values() if isinstance(part, Predictor)]
+    read = {name for part in predictors if part.view is None for name in part.modality_of.values()}
+    return {name for part in predictors for name in part.modality_of.values()} - read - set(seen)
 
 
 def _classes(tokenizer: Tokenizer) -> int:
