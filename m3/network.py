@@ -22,10 +22,10 @@ from m3.errors import M3Error, nearest, read_settings, within
 from m3.masker import Masker
 from m3.partners import Swap, check_swap, draw_partners, swapped
 from m3.parts import build_spec
-from m3.plugins import Coupled, Modality, Objective, Pool, Predictor, Tokenizer, View
+from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
 from m3.positions import Marks, Rotary, build_positions
 from m3.random import Draws
-from m3.sharing import check_readers, readers
+from m3.sharing import check_readers, only_targets, readers, towers_of
 from m3.types import HIDDEN, Batch, Encoded, Loss, MaskPlan, Tokens, take
 
 
@@ -100,7 +100,7 @@ class Network(PreTrainedModel):
         towers = {
             name: read_settings(TowerSpec, tower, f"towers.{name}") for name, tower in (config.towers or {}).items()
         }
-        self.tower_of = _tower_of(towers, self.modalities)
+        self.tower_of = towers_of(towers, self.modalities)
         self.reader_of = readers(config.modalities)
         self.tokenizers = nn.ModuleDict()
         self.positions = nn.ModuleDict()
@@ -158,7 +158,7 @@ class Network(PreTrainedModel):
             check_swap(view, able)
         self.post_init()
         self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
-        for name in _only_targets(objectives, seen):  # they are never embedded
+        for name in only_targets(objectives, seen):  # they are never embedded
             self.tokenizers[name].requires_grad_(False)
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
@@ -385,26 +385,6 @@ class Network(PreTrainedModel):
                     init.normal_(parameter, std=0.02)
                 else:  # learned log-variances start at 0, weight 1
                     init.zeros_(parameter)
-
-
-def _tower_of(towers: dict[str, TowerSpec], modalities: Iterable[str]) -> dict[str, str]:
-    """Return modality -> name of its tower, empty for the shared backbone."""
-    found = dict.fromkeys(modalities, "")
-    for name, tower in towers.items():
-        for modality in tower.modalities:
-            if modality not in found:
-                raise M3Error(f"towers.{name}.modalities: there is no modality `{modality}`.{nearest(modality, found)}")
-            if found[modality]:
-                raise M3Error(f"`{modality}` is in the towers {found[modality]} and {name}; leave it in one.")
-            found[modality] = name
-    return found
-
-
-def _only_targets(objectives: dict[str, Objective], seen: Iterable[str]) -> set[str]:
-    """Return the modalities that are predicted but that no view and no autoencoder reads."""
-    predictors = [part for part in objectives.values() if isinstance(part, Predictor)]
-    read = {name for part in predictors if part.view is None for name in part.modality_of.values()}
-    return {name for part in predictors for name in part.modality_of.values()} - read - set(seen)
 
 
 def _classes(tokenizer: Tokenizer) -> int:
