@@ -14,14 +14,12 @@ from __future__ import annotations
 import itertools
 import json
 import math
-from contextlib import nullcontext
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
-from torch.amp.autocast_mode import is_autocast_available
 
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, within
@@ -142,7 +140,7 @@ class Contrast(Coupled, Embedder):
             count = len(next(iter(own.values())))
             pool = Pool(own, 0) if is_alone else Pool(gather(own), rank() * count)
         device = next(iter(own.values())).device.type
-        with torch.autocast(device, enabled=False) if is_autocast_available(device) else nullcontext():  # not on meta
+        with torch.autocast("cpu" if device == "meta" else device, enabled=False):  # `m3 show` has no device
             return Loss({f"{a}-{b}": self._part(a, b, own, pool) for a, b in self.pairs})
 
     def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
