@@ -22,6 +22,7 @@ from m3.network import build_modalities
 from m3.partners import Swap, draw_partners
 from m3.random import Draws
 from m3.recipe import load_recipe
+from m3.summary import cost, meta_model
 from m3.train import train
 from m3.types import Batch, Tokens
 
@@ -321,6 +322,12 @@ def test_a_large_batch_in_micro_batches_is_the_same_training(tmp_path: Path):
         torch.testing.assert_close(runs[4][1][name], weight, rtol=0, atol=2e-4, msg=name)
 
 
-def test_settings_of_a_side_are_read_strictly():
+def test_half_of_the_patches_cost_about_half():
+    """33 of 65 tokens in the larger tower; the text tower costs the same."""
+    clip, flip = (cost(meta_model(load_recipe(name))).forward_flops for name in ("clip_tiny", "flip_tiny"))
+    assert 0.5 < flip / clip < 0.65
+
+
+def test_settings_of_a_tower_are_read_strictly():
     with pytest.raises(M3Error, match=r"backbone.causl: unknown key. Did you mean `causal`"):
         read_settings(BackboneSpec, {"causl": True}, "backbone")
