@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from m3.attention import SelfAttention, key_mask
 from m3.linear import Linear
 from m3.plugins import Strict
+from m3.random import Draws
 from m3.types import Encoded, MaskPlan, take
 
 
@@ -84,6 +85,9 @@ class BackboneSpec(Strict):
             the axes in order (MultiMAE).
         modality_embedding: add a learned vector per modality to its tokens (MultiMAE: no, the projections'
             biases do it).
+        positions_every_block: add the positions again before every block, here and in `self_decoder` (Point-MAE).
+        drop_path: probability in training that a branch of the last block is left out for a sample, growing evenly
+            from 0 in the first (Huang et al. 2016, stochastic depth); also in `self_decoder`.
         mlp: `gelu`, `gelu_tanh`, `quick_gelu` or `swiglu`; as the following ones also of the decoders, see `Style`.
         bias: biases in linear layers and norms.
         qk_norm: LayerNorm of queries and keys.
@@ -103,6 +107,8 @@ class BackboneSpec(Strict):
     norm_eps: PositiveFloat = 1e-6
     axis_order: Literal["xy", "yx"] = "xy"
     modality_embedding: bool = False
+    positions_every_block: bool = False
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
     mlp: Activation = "gelu"
     bias: bool = True
     qk_norm: bool = False
@@ -194,6 +200,7 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         keep: Tensor | None = None,
         turn: tuple[Tensor, Tensor] | None = None,
+        paths: Tensor | None = None,
     ) -> Tensor:
         """Map (B, N, D) to (B, N, D).
 
@@ -202,16 +209,22 @@ class Block(nn.Module):
             mask: (B or 1, 1, 1 or N, N) bool, True for keys that take part.
             keep: (B, T) int64, tokens whose result is wanted -> (B, T, D); the others are still attended to.
             turn: cosines and sines (B, 1, N, E / 2) of rotary positions.
+            paths: (B, 2) factors of both branches, see `path_factors`.
         """
         attended = self.attention(x if self.is_post_norm else self.norm1(x), mask, keep, turn)
         if self.scale1 is not None:
             attended = self.scale1(attended)
+        if paths is not None:
+            attended = attended * paths[:, 0].view(-1, 1, 1).to(attended.dtype)
         x = (x if keep is None else take(x, keep)) + attended
         if self.is_post_norm:
             x = self.norm1(x)
         changed = self.mlp(x if self.is_post_norm else self.norm2(x))
-        x = x + (changed if self.scale2 is None else self.scale2(changed))
-        return self.norm2(x) if self.is_post_norm else x
+        if self.scale2 is not None:
+            changed = self.scale2(changed)
+        if paths is not None:
+            changed = changed * paths[:, 1].view(-1, 1, 1).to(changed.dtype)
+        return self.norm2(x + changed) if self.is_post_norm else x + changed
 
 
 class Scale(nn.Module):
@@ -236,6 +249,24 @@ def feed_forward(width: int, ratio: float, style: Style) -> MLP | SwiGLU:
     return MLP(width, hidden, style.bias, kinds[style.mlp]())
 
 
+def path_factors(keys: Tensor | None, rate: float, depth: int, stream: str) -> list[Tensor] | list[None]:
+    """Return for each block the factors (B, 2) of its branches: 0 where one is left out for a sample.
+
+    Those that stay are scaled up, so that the mean is that of the whole network.
+
+    Args:
+        keys: (B,) int64 that all randomness of a sample derives from; None: nothing is left out.
+        rate: probability in the last block; it grows evenly from 0 in the first.
+        depth: number of blocks.
+        stream: name of the random numbers.
+    """
+    if keys is None or not rate:
+        return [None] * depth
+    rates = torch.linspace(0, rate, depth, device=keys.device).view(1, depth, 1)
+    is_there = Draws(keys).uniform(stream, 2 * depth).view(-1, depth, 2) >= rates
+    return list((is_there / (1 - rates)).unbind(1))
+
+
 class Backbone(nn.Module):
     """Prefix tokens, norm before, blocks, final norm."""
 
@@ -252,7 +283,15 @@ class Backbone(nn.Module):
         norm = nn.LayerNorm(spec.width, eps=spec.norm_eps, bias=spec.bias)
         self.norm = norm if spec.final_norm else nn.Identity()
 
-    def forward(self, x: Tensor, plan: MaskPlan, layers: Iterable[int] = (), angles: Tensor | None = None) -> Encoded:
+    def forward(
+        self,
+        x: Tensor,
+        plan: MaskPlan,
+        layers: Iterable[int] = (),
+        angles: Tensor | None = None,
+        places: Tensor | None = None,
+        keys: Tensor | None = None,
+    ) -> Encoded:
         """Encode packed visible tokens.
 
         Args:
@@ -260,6 +299,8 @@ class Backbone(nn.Module):
             plan: says which of the V exist.
             layers: numbers of blocks (0 = first) whose output is kept in `Encoded.layers`.
             angles: (B, V, E / 2) of rotary positions; None: no modality has them.
+            places: (B, V, D) positions that are added again before every block but the first.
+            keys: (B,) int64 for `path_factors`; None: the whole network, as for inference.
         """
         is_valid = plan.is_valid
         count = self.spec.class_tokens
@@ -278,9 +319,12 @@ class Backbone(nn.Module):
             angles = torch.cat([angles.new_zeros(len(x), count, angles.shape[-1]), angles], dim=1).unsqueeze(1)
             turn = (angles.cos(), angles.sin())
         kept, wanted = {}, set(layers)
+        paths = path_factors(keys, self.spec.drop_path, self.spec.depth, "backbone/paths")
         for number, block in enumerate(self.blocks):
-            x = block(x, mask, turn=turn)
+            if places is not None and number:
+                x = x + F.pad(places, (0, 0, count, 0))
+            x = block(x, mask, turn=turn, paths=paths[number])
             if number in wanted:
                 kept[number] = x
         x = self.norm(x)
-        return Encoded(x, count, plan, kept)
+        return Encoded(x, count, plan, kept, keys)

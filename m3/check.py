@@ -40,6 +40,8 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
         tower |= {"width": WIDTH, "depth": 2, "heads": 2}
     settings.pop("init", None)
     for objective in settings["objectives"].values():
+        if "sides" in objective:  # a side without projection has the width of its tower
+            objective["width"] = 32
         for part in [objective, *objective.get("targets", {}).values()]:
             if "decoder" in part:
                 part["decoder"] = _small_decoder(part["decoder"])

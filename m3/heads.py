@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
 from torch import Tensor, nn
 
 from m3.attention import CrossAttention, key_mask
-from m3.backbone import MLP, BackboneSpec, Block
+from m3.backbone import MLP, BackboneSpec, Block, path_factors
 from m3.errors import M3Error
 from m3.linear import Linear, linear
 from m3.plugins import Strict, Tokenizer
@@ -80,7 +81,7 @@ class SelfDecoder(nn.Module):
                 f"decoder `self_decoder` reads one modality, but the objective sees {', '.join(inputs)} and predicts "
                 f"{modality}; use `cross_decoder`."
             )
-        self.spec, self.modality = spec, modality
+        self.spec, self.modality, self.backbone = spec, modality, backbone
         self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
         self.embed = Linear(backbone.width, spec.width, bias=spec.embed_bias)
         self.mask_token = nn.Parameter(torch.empty(1, spec.width))
@@ -97,38 +98,45 @@ class SelfDecoder(nn.Module):
         """Predict the tokens at index (B, T) -> (B, T, P)."""
         name = next(iter(encoded.plan.visible), self.modality)  # another one's where the decoder is shared
         sequence = self._asked if self.spec.queries == "asked" else self._all
-        x, mask, keep = sequence(encoded, tokens[name], name, index)
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x, mask)
-        return self.output(self.norm(last(x, mask, keep=keep)))
+        x, place, mask, keep = sequence(encoded, tokens[name], name, index)
+        paths = path_factors(encoded.keys, self.backbone.drop_path, self.spec.depth, f"decoder/{self.modality}/paths")
+        for number, block in enumerate(self.blocks):
+            if number and self.backbone.positions_every_block:
+                x = x + place
+            x = block(x, mask, keep if number == self.spec.depth - 1 else None, paths=paths[number])
+        return self.output(self.norm(x))
 
-    def _all(self, encoded: Encoded, own: Tokens, name: str, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return the sequence (B, R + N, d), the mask of its keys, and where in it the asked-for tokens are."""
+    def _all(
+        self, encoded: Encoded, own: Tokens, name: str, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return the sequence (B, R + N, d), its positions, the mask of keys, and where the asked-for tokens are."""
         x, count = self.embed(encoded.sequence), encoded.prefix_count
         rows = torch.cat([x[:, count:], self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
         full = take(rows, restore_index(encoded.plan, name, own.count))
-        full = full + self.positions(own.positions).to(self.mask_token.dtype)
+        place = self.positions(own.positions).to(self.mask_token.dtype)
+        full = full + place
         x = torch.cat([x[:, :count].to(full.dtype), full], dim=1)
         mask = None
         if own.is_valid is not None:
             mask = key_mask(torch.cat([own.is_valid.new_ones(len(x), count), own.is_valid], dim=1))
-        return x, mask, index + count
+        return x, F.pad(place, (0, 0, count, 0)), mask, index + count
 
-    def _asked(self, encoded: Encoded, own: Tokens, name: str, index: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _asked(
+        self, encoded: Encoded, own: Tokens, name: str, index: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """As `_all`, with a sequence (B, R + V + T, d)."""
         x, count = self.embed(encoded.sequence), encoded.prefix_count
         place = self.positions(own.positions).to(self.mask_token.dtype)
-        seen = x[:, count:] + take(place, encoded.plan.packed_index())
-        asked = self.mask_token + take(place, index)
-        x = torch.cat([x[:, :count].to(seen.dtype), seen, asked], dim=1)
+        place = torch.cat([take(place, encoded.plan.packed_index()), take(place, index)], dim=1)
+        seen, asked = x[:, count:], self.mask_token.expand(len(x), index.shape[1], -1).to(x.dtype)
+        x = torch.cat([x[:, :count], torch.cat([seen, asked], dim=1) + place], dim=1)
         mask = None
         if own.is_valid is not None or encoded.is_valid is not None:
             known = encoded.sequence.new_ones(encoded.sequence.shape[:2], dtype=torch.bool)
             asked_for = known.new_ones(index.shape) if own.is_valid is None else take(own.is_valid, index)
             mask = key_mask(torch.cat([known if encoded.is_valid is None else encoded.is_valid, asked_for], dim=1))
         keep = torch.arange(x.shape[1] - index.shape[1], x.shape[1], device=x.device)
-        return x, mask, keep.expand(len(x), -1)
+        return x, F.pad(place, (0, 0, count, 0)), mask, keep.expand(len(x), -1)
 
 
 class CrossDecoder(nn.Module):

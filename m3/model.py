@@ -52,11 +52,14 @@ class M3Model(Network):
         """Encode everything in a batch, nothing hidden.
 
         Args:
-            batch: raw signals of any subset of the modalities.
+            batch: raw signals of any subset of the modalities; those that are only predicted are left out.
             layers: numbers of blocks whose output is kept in `Encoded.layers`.
         """
         tokens = self.tokenise(batch.to(self.device))
-        return self.encode_tokens(tokens, masking.everything(tokens), layers)
+        seen = {name: part for name, part in tokens.items() if name in self.inputs or not self.inputs}
+        if not seen:
+            raise M3Error(f"the batch has none of {', '.join(self.inputs)}, which the model reads; give one of them.")
+        return self.encode_tokens(seen, masking.everything(seen), layers)
 
     @torch.no_grad()
     def embed(self, batch: Batch, objective: str | None = None) -> dict[str, Tensor]:

@@ -20,12 +20,12 @@ from m3.backbone import Backbone, BackboneSpec, TowerSpec
 from m3.config import M3Config
 from m3.errors import M3Error, nearest, read_settings, within
 from m3.masker import Masker
-from m3.partners import Swap, draw_partners, swapped
+from m3.partners import Swap, check_swap, draw_partners, swapped
 from m3.parts import build_spec
 from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
 from m3.positions import Marks, Rotary, build_positions
 from m3.random import Draws
-from m3.sharing import check_readers, readers
+from m3.sharing import check_readers, only_targets, readers, towers_of
 from m3.types import HIDDEN, Batch, Encoded, Loss, MaskPlan, Tokens, take
 
 
@@ -100,7 +100,7 @@ class Network(PreTrainedModel):
         towers = {
             name: read_settings(TowerSpec, tower, f"towers.{name}") for name, tower in (config.towers or {}).items()
         }
-        self.tower_of = _tower_of(towers, self.modalities)
+        self.tower_of = towers_of(towers, self.modalities)
         self.reader_of = readers(config.modalities)
         self.tokenizers = nn.ModuleDict()
         self.positions = nn.ModuleDict()
@@ -134,7 +134,8 @@ class Network(PreTrainedModel):
         self.backbone = None  # objectives without views bring their own network
         seen = dict.fromkeys(name for view in self.views for name in view.modalities)
         hidden = {name for view, mask in self.views.items() for name in view.modalities if mask.hides(name)}
-        for name in self.modalities if self.views else ():
+        self.inputs = tuple(name for name in self.modalities if name in seen)
+        for name in self.inputs:
             tower = towers.get(self.tower_of[name], spec)
             if self.reader_of[name] == name:
                 self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
@@ -152,10 +153,13 @@ class Network(PreTrainedModel):
         for objective in objectives.values():
             objective.marks = self.marks
         self.objectives = nn.ModuleDict(objectives)
+        able = [name for name, part in objectives.items() if hasattr(part, "similarity")]
         for view in self.views:
-            self._check_swap(view)
+            check_swap(view, able)
         self.post_init()
         self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
+        for name in only_targets(objectives, seen):  # they are never embedded
+            self.tokenizers[name].requires_grad_(False)
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
 
@@ -262,12 +266,13 @@ class Network(PreTrainedModel):
     def _encode_views(self, prepared: Prepared, views: Iterable[View]) -> dict[View, Encoded]:
         """Encode every view once; views whose mismatches depend on similarities come last."""
         encoded, waiting = {}, []
+        keys = prepared.draws.numbers("network") if self.training and prepared.draws is not None else None
         for view in views:
             swap = Swap(**json.loads(view.swap)) if view.swap else None
             if swap and swap.by != "random":
                 waiting.append((view, swap))
             else:
-                encoded[view] = self.encode_tokens(prepared.tokens, prepared.plans[view])
+                encoded[view] = self.encode_tokens(prepared.tokens, prepared.plans[view], keys=keys)
         for view, swap in waiting:
             assert prepared.draws is not None, "a view with mismatches by similarity needs the draws of `prepare`"
             with torch.no_grad():
@@ -276,7 +281,7 @@ class Network(PreTrainedModel):
                         encoded[needed] = self.encode_tokens(prepared.tokens, prepared.plans[needed])
                 similarity = self.objectives[swap.by].similarity(encoded, swap.of)  # type: ignore[operator]
             plan = self._plan(view, prepared.tokens, prepared.draws, similarity)
-            encoded[view] = self.encode_tokens(prepared.tokens, plan)
+            encoded[view] = self.encode_tokens(prepared.tokens, plan, keys=keys)
         return encoded
 
     def _needed(self, view: View) -> tuple[View, ...]:
@@ -289,23 +294,30 @@ class Network(PreTrainedModel):
         for objective in self._objectives().values():
             objective.after_step()
 
-    def encode_tokens(self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = ()) -> Encoded:
-        """Embed and encode the visible tokens of one view, and only those."""
+    def encode_tokens(
+        self, tokens: dict[str, Tokens], plan: MaskPlan, layers: tuple[int, ...] = (), keys: Tensor | None = None
+    ) -> Encoded:
+        """Embed and encode the visible tokens of one view, and only those; layers and keys as in `Encoded`."""
         tower = self._tower(tuple(plan.visible))
         if plan.partners is not None:
             tokens = swapped(tokens, plan.partners)
-        slots, angles = {}, {}
+        slots, angles, places = {}, {}, {}
         for name, index in plan.visible.items():
             x = self._embed(name, take(tokens[name].values, index), plan.shown.get(name))
             place = self.positions[self.reader_of[name]]
             if isinstance(place, Rotary):
                 table = place.angles(tokens[name].positions, tower.head_width)
                 angles[name] = take(table, plan.place.get(name, index)).expand(len(x), -1, -1)
+            elif tower.spec.positions_every_block:
+                places[name] = self.marks.place(name, tokens[name], plan)
             slots[name] = (x + self.marks.of(name, tokens[name], plan)).to(self.dtype)
-        if not angles:
-            return tower(plan.pack(slots), plan, layers)
-        still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
-        return tower(plan.pack(slots), plan, layers, plan.pack(still | angles))
+        again = turns = None
+        if tower.spec.positions_every_block:
+            again = plan.pack({name: places.get(name, torch.zeros_like(x)).to(x.dtype) for name, x in slots.items()})
+        if angles:
+            still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
+            turns = plan.pack(still | angles)
+        return tower(plan.pack(slots), plan, layers, turns, again, keys)
 
     def _embed(self, name: str, values: Tensor, shown: Tensor | None) -> Tensor:
         """Embed token values (B, S, P) -> (B, S, D); `shown` (B, S) says where something else stands in for them."""
@@ -333,20 +345,6 @@ class Network(PreTrainedModel):
             raise M3Error(
                 f"{', '.join(view.modalities)} can't be encoded together, since different towers read them "
                 f"({', '.join(towers)}); put them into one tower."
-            )
-
-    def _check_swap(self, view: View) -> None:
-        """Raise M3Error for a view whose mismatches can't be drawn."""
-        swap = Swap(**json.loads(view.swap)) if view.swap else None
-        if swap is None:
-            return
-        if swap.of not in view.modalities:
-            raise M3Error(f"`{swap.of}` can't be swapped in a view of {', '.join(view.modalities)}; name one of them.")
-        able = [name for name, objective in self.objectives.items() if hasattr(objective, "similarity")]
-        if swap.by != "random" and swap.by not in able:
-            raise M3Error(
-                f"swap.by: `{swap.by}` is no objective of type `contrast`; write `random` or add one."
-                f"{nearest(swap.by, able)}"
             )
 
     def _freeze(self, towers: set[str]) -> None:
@@ -387,19 +385,6 @@ class Network(PreTrainedModel):
                     init.normal_(parameter, std=0.02)
                 else:  # learned log-variances start at 0, weight 1
                     init.zeros_(parameter)
-
-
-def _tower_of(towers: dict[str, TowerSpec], modalities: Iterable[str]) -> dict[str, str]:
-    """Return modality -> name of its tower, empty for the shared backbone."""
-    found = dict.fromkeys(modalities, "")
-    for name, tower in towers.items():
-        for modality in tower.modalities:
-            if modality not in found:
-                raise M3Error(f"towers.{name}.modalities: there is no modality `{modality}`.{nearest(modality, found)}")
-            if found[modality]:
-                raise M3Error(f"`{modality}` is in the towers {found[modality]} and {name}; leave it in one.")
-            found[modality] = name
-    return found
 
 
 def _classes(tokenizer: Tokenizer) -> int:

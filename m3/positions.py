@@ -188,7 +188,7 @@ class Projected(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Embed (1 or B, N, A) -> (1 or B, N, D)."""
-        return self.norm(self.projection(positions))
+        return self.norm(self.projection(positions.to(self.projection.weight.dtype)))
 
 
 class Rotary(nn.Module):
@@ -236,11 +236,15 @@ class Marks(NamedTuple):
     positions: dict[str, nn.Module]
     modalities: nn.ParameterDict
 
+    def place(self, name: str, tokens: Tokens, plan: MaskPlan) -> Tensor:
+        """Return the position embedding of the visible slots of a modality (B, S, D); it must not be rotary."""
+        return take(self.positions[name](tokens.positions), plan.place.get(name, plan.visible[name]))
+
     def of(self, name: str, tokens: Tokens, plan: MaskPlan) -> Tensor | float:
         """Return what is added to the visible slots of a modality (B, S, D); 0 where that is nothing."""
         mark: Tensor | float = 0.0
         if not isinstance(self.positions[name], Rotary):
-            mark = take(self.positions[name](tokens.positions), plan.place.get(name, plan.visible[name]))
+            mark = self.place(name, tokens, plan)
         return mark + self.modalities[name] if name in self.modalities else mark
 
 

@@ -70,6 +70,10 @@ class Draws:
         column = torch.arange(1, n + 1, device=self.keys.device) * _signed(_GOLDEN)
         return _mix(_mix(base.unsqueeze(1) + column.unsqueeze(0)))
 
+    def numbers(self, stream: str) -> Tensor:
+        """Return (B,) int64, one number per sample: keys of further draws that know no seed."""
+        return self._bits(stream, 1).squeeze(1)
+
 
 def log_gamma_variates(alpha: Tensor, draws: Draws, stream: str, tries: int = 12) -> Tensor:
     """Return (B, M) logarithms of Gamma(alpha, 1) variates, alpha (M,) or (B, M) > 0, from the batch's own draws.

@@ -34,10 +34,11 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AugmentSpec(Strict):
-    """One entry of `data.augment`; its other settings are those of the transform in torchvision.transforms.v2.
+    """One entry of `data.augment`; its other settings are those of the transform.
 
     Attributes:
-        type: the transform, e.g. `color_jitter` for ColorJitter.
+        type: of pictures a transform in torchvision.transforms.v2, e.g. `color_jitter` for ColorJitter; of points
+            `scale_translate`, see `m3.data.augment.ScaleTranslate`.
         chance: probability that it is applied at all.
     """
 
@@ -63,13 +64,14 @@ class DataSpec(Strict):
     Attributes:
         source: where samples come from: `world` (embedded scenes), `folder`, `shards`, `hub`, `mixture`, or a plugin.
         root: folder or manifest of the data, for `folder`; folder or address (s3://...) of the tars, for `shards`.
-        options: settings of the source, for `hub`, `mixture` and plugins.
+        options: settings of the source, for `world`, `hub`, `mixture` and plugins.
         missing: `error`: every sample has every modality; `allow`: a sample may lack some.
         samples: at most this many training samples; the world makes this many scenes.
         held_out: samples kept for evaluation, never trained on.
         crop: smallest and largest share of the area of a random crop; null: no random crop.
         flip: probability of a horizontal flip.
-        augment: modality of pictures -> random changes of their colours in training, each an `AugmentSpec`.
+        augment: modality of pictures or points -> random changes of their colours, or of the cloud, in training, each
+            an `AugmentSpec`.
         repeats: crops of a sample that are used in a row, from one reading (repeated augmentation).
         bucket: sort samples of similar length into a batch; null: batches are drawn at random.
         drop: probability that a training sample loses a modality, for all or for each by name; one always stays.

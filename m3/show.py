@@ -27,6 +27,8 @@ BASELINES = {
     "without": "without: the same model, not shown another modality",
     "unigram": "unigram: how often each id is asked for in training samples",
     "nothing": "nothing: the same model, which is shown nothing",
+    "raw": "raw: the same probe on the normalised values themselves",
+    "random": "random: the same probe on the network with fresh weights",
     "one_code": "one code: a collapsed codebook that says the same of everything",
 }
 
@@ -79,7 +81,7 @@ def metrics_table(rows: list[Row]) -> Table:
     """Make the table model, baseline, difference; an arrow tells which direction is better."""
     used = dict.fromkeys(row.baseline_name for row in rows)
     table = Table(title="Held-out samples", title_justify="left", caption_justify="left", caption_style="")
-    table.caption = "Baselines: " + "\n".join(BASELINES[name] for name in used)
+    table.caption = "Baselines: " + "\n".join(BASELINES.get(name, name) for name in used)
     for column in ("task", "measure", "model", "baseline", "difference", ""):
         table.add_column(column, justify="right" if column in ("model", "baseline", "difference") else "left")
     for row in rows:

@@ -218,12 +218,14 @@ class Encoded:
         prefix_count: R, may be 0.
         plan: the plan that says which token each state belongs to.
         layers: block number -> (B, R + V, D) states after that block, for those that were asked for.
+        keys: (B,) int64 that what is random in the network derives from; None: nothing is, as for inference.
     """
 
     sequence: Tensor
     prefix_count: int
     plan: MaskPlan
     layers: dict[int, Tensor] = field(default_factory=dict)
+    keys: Tensor | None = None
 
     @property
     def prefix(self) -> Tensor:

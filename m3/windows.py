@@ -87,7 +87,8 @@ class WindowAttention(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.projection = Linear(width, width)
         self.temperature = nn.Parameter(torch.zeros(heads))  # the difference from 1
-        self.bias = nn.Sequential(Linear(2, BIAS_WIDTH), nn.ReLU(), Linear(BIAS_WIDTH, heads))
+        # Without a bias at its end, which the softmax would take away again.
+        self.bias = nn.Sequential(Linear(2, BIAS_WIDTH), nn.ReLU(), Linear(BIAS_WIDTH, heads, bias=False))
 
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """Attend within windows: (B, N, D) -> (B, N, D)."""

@@ -34,7 +34,9 @@ class Points(Modality):
             count: points that the model reads of a cloud.
             attributes: A, values per point besides x, y and z, e.g. 3 for colours in [0, 1].
             normalise: `unit_sphere`: per cloud, the centroid moves to 0 and the farthest point to distance 1
-                (Point-MAE, ModelNet); `fixed`: by `mean` and `scale`, so that size and place are kept.
+                (ModelNet); `unit_sphere_first`: the same as soon as a cloud is loaded, so that what `data.augment`
+                makes of its size and place is kept (Point-MAE); `fixed`: by `mean` and `scale`, so that size and
+                place are those of the data.
             mean: x, y, z in the cloud's unit, for `fixed`.
             scale: in the cloud's unit, for `fixed`; one number, so that shapes keep their proportions.
             attribute_mean: per attribute; 0 if left out.
@@ -43,7 +45,7 @@ class Points(Modality):
 
         count: PositiveInt = 1024
         attributes: NonNegativeInt = 0
-        normalise: Literal["unit_sphere", "fixed"] = "unit_sphere"
+        normalise: Literal["unit_sphere", "unit_sphere_first", "fixed"] = "unit_sphere"
         mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
         scale: PositiveFloat = 1.0
         attribute_mean: tuple[float, ...] | None = None
@@ -128,6 +130,8 @@ class Points(Modality):
         if total > count:
             shuffled = torch.randperm(total, generator=torch.Generator().manual_seed(total))
             raw = raw[shuffled[torch.arange(count) * total // count].sort().values]
+        if self.spec.normalise == "unit_sphere_first":
+            raw = torch.cat([in_unit_sphere(raw[None, :, :3])[0], raw[:, 3:]], 1)
         fitted = torch.full((count, raw.shape[1]), torch.nan)
         fitted[: len(raw)] = raw
         if crop.is_flipped:
@@ -139,10 +143,8 @@ class Points(Modality):
         xyz, attributes = raw[..., :3], raw[..., 3:]
         if self.spec.normalise == "fixed":
             xyz = (xyz - raw.new_tensor(self.spec.mean)) / self.spec.scale
-        else:
-            xyz = xyz - xyz.nanmean(1, keepdim=True)
-            radius = xyz.square().sum(-1).sqrt().nan_to_num(0.0).amax(1).view(-1, 1, 1)
-            xyz = xyz / torch.where(radius > 0, radius, 1.0)
+        elif self.spec.normalise == "unit_sphere":
+            xyz = in_unit_sphere(xyz)
         attributes = (attributes - raw.new_tensor(self.attribute_mean)) / raw.new_tensor(self.attribute_std)
         return torch.cat([xyz, attributes], -1)
 
@@ -156,7 +158,7 @@ class Points(Modality):
         is_point = ~np.isnan(points).any(1)
         points, is_known_point = points[is_point], is_known_point[is_point]
         reach = 1.0
-        if self.spec.normalise == "fixed" and len(points):
+        if self.spec.normalise != "unit_sphere" and len(points):
             reach = max(float(np.linalg.norm(points[:, :3], axis=1).max()), 1e-6)
         return splat(points[:, :3] / reach, self._colours(points, reach), is_known_point)
 
@@ -189,6 +191,13 @@ class Points(Modality):
         from matplotlib import colormaps
 
         return colormaps["viridis"]((points[:, 2] / reach + 1) / 2)[:, :3]
+
+
+def in_unit_sphere(xyz: Tensor) -> Tensor:
+    """Move the centroids of clouds (B, P, 3) to 0 and their farthest points to distance 1; NaN rows are no points."""
+    xyz = xyz - xyz.nanmean(1, keepdim=True)
+    radius = xyz.square().sum(-1).sqrt().nan_to_num(0.0).amax(1).view(-1, 1, 1)
+    return xyz / torch.where(radius > 0, radius, 1.0)
 
 
 def splat(xyz: np.ndarray, colours: np.ndarray, is_known: np.ndarray) -> np.ndarray:

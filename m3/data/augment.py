@@ -1,6 +1,6 @@
-"""Random changes of training samples: which of them the modalities of a recipe can follow, and colours of pictures.
+"""Random changes of training samples: which of them the modalities of a recipe can follow, colours of pictures, clouds.
 
-Letters: C channels, T frames, H height, W width.
+Letters: C channels, T frames, H height, W width, P points, A other values per point.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
 from m3.errors import M3Error, nearest, read_settings
 from m3.parts import class_name
-from m3.plugins import Modality
+from m3.plugins import Modality, Strict
 from m3.random import stream_number
 from m3.recipe import AugmentSpec, DataSpec
 
@@ -35,8 +36,38 @@ PHOTOMETRIC = (
 Transform = Callable[[Tensor], Tensor]
 
 
-class Photometric:
-    """Changes the colours of pictures as `data.augment` says; what it draws depends on the sample's key alone."""
+class ScaleTranslate:
+    """Stretches a cloud by a factor per axis and moves it, as Point-MAE does (Pang et al. 2022, section 4.1).
+
+    It changes raw coordinates: with points that are normalised afterwards, little of it is left.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: scale_translate`.
+
+        Attributes:
+            scale: smallest and largest factor.
+            translate: largest shift along an axis to either side, in the unit of the coordinates.
+        """
+
+        scale: tuple[PositiveFloat, PositiveFloat] = (2 / 3, 3 / 2)
+        translate: NonNegativeFloat = 0.2
+
+    def __init__(self, spec: Spec, chance: float = 1.0) -> None:
+        self.spec, self.chance = spec, chance
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Change points (P, 3 + A), of which the first three are coordinates, with probability `chance`."""
+        if torch.rand(()) >= self.chance:
+            return x
+        low, high = self.spec.scale
+        factor = low + (high - low) * torch.rand(3)
+        shift = self.spec.translate * (2 * torch.rand(3) - 1)
+        return torch.cat([x[:, :3] * factor + shift, x[:, 3:]], 1)
+
+
+class Augmentation:
+    """Changes samples as `data.augment` says; what it draws depends on the sample's key alone."""
 
     def __init__(self, settings: dict[str, list[dict[str, Any]]], modalities: dict[str, Modality]) -> None:
         """Make the transforms.
@@ -46,18 +77,21 @@ class Photometric:
             modalities: of the recipe.
 
         Raises:
-            M3Error: an unknown modality or transform, settings that don't fit it, a modality that is no picture.
+            M3Error: an unknown modality or transform, settings that don't fit it, a modality that can't be changed.
         """
         self.transforms: dict[str, list[Transform]] = {}
+        self.clouds = {name for name, part in modalities.items() if part.signal.channel_axis == -1}
         for name, entries in settings.items():
             if name not in modalities:
                 raise M3Error(f"data.augment names `{name}`, which is no modality.{nearest(name, modalities)}")
             example = modalities[name].blank(1)[0]
-            if example.dtype != torch.uint8 or example.ndim < 3:
-                raise M3Error(f"data.augment.{name}: only colours of pictures can be changed; remove this entry.")
+            is_picture = example.dtype == torch.uint8 and example.ndim >= 3
+            if not is_picture and name not in self.clouds:
+                raise M3Error(f"data.augment.{name}: only pictures and points can be changed; remove this entry.")
             places = [f"data.augment.{name}.{number}" for number in range(len(entries))]
             self.transforms[name] = [
-                _transform(entry, where, example) for entry, where in zip(entries, places, strict=True)
+                _photometric(entry, where, example) if is_picture else _of_cloud(entry, where)
+                for entry, where in zip(entries, places, strict=True)
             ]
 
     def __call__(self, signals: dict[str, Tensor], key: str) -> dict[str, Tensor]:
@@ -68,10 +102,12 @@ class Photometric:
         with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's generator
             for name, transforms in changed.items():
                 torch.manual_seed(stream_number(f"augment/{key}/{name}"))
-                x = signals[name].movedim(0, -3)  # videos are (C, T, H, W) here and (T, C, H, W) there
+                x = signals[name]
+                if name not in self.clouds:
+                    x = x.movedim(0, -3)  # videos are (C, T, H, W) here and (T, C, H, W) there
                 for transform in transforms:
                     x = transform(x)
-                signals = {**signals, name: x.movedim(-3, 0).contiguous()}
+                signals = {**signals, name: (x if name in self.clouds else x.movedim(-3, 0)).contiguous()}
         return signals
 
 
@@ -89,16 +125,29 @@ def check_geometry(spec: DataSpec, modalities: dict[str, Modality]) -> None:
                 )
 
 
-def _transform(entry: dict[str, Any], where: str, example: Tensor) -> Transform:
-    """Make one transform and try it."""
+def _of_cloud(entry: dict[str, Any], where: str) -> Transform:
+    """Make one transform of points."""
+    spec, settings = _split(entry, where)
+    if spec.type != "scale_translate":
+        raise M3Error(f"{where}.type: `{spec.type}` is no change of points; use `scale_translate`.")
+    return ScaleTranslate(read_settings(ScaleTranslate.Spec, settings, where), spec.chance)
+
+
+def _split(entry: dict[str, Any], where: str) -> tuple[AugmentSpec, dict[str, Any]]:
+    """Take what every entry has from the settings of its transform."""
     spec = read_settings(AugmentSpec, {k: v for k, v in entry.items() if k in AugmentSpec.model_fields}, where)
+    return spec, {key: value for key, value in entry.items() if key not in AugmentSpec.model_fields}
+
+
+def _photometric(entry: dict[str, Any], where: str, example: Tensor) -> Transform:
+    """Make one transform of colours and try it."""
+    spec, settings = _split(entry, where)
     if spec.type not in PHOTOMETRIC:
         raise M3Error(f"{where}.type: `{spec.type}` is no change of colours.{nearest(spec.type, PHOTOMETRIC)}")
     try:
         from torchvision.transforms import v2
     except ImportError as error:
         raise M3Error(f"{where} needs torchvision; run `pip install 'm3-multimodal[vision]'`.") from error
-    settings = {key: value for key, value in entry.items() if key not in AugmentSpec.model_fields}
     try:
         made = getattr(v2, class_name(spec.type))(**settings)
         with torch.random.fork_rng(devices=[]):

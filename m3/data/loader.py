@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from m3.data.augment import Photometric, check_geometry
+from m3.data.augment import Augmentation, check_geometry
 from m3.data.geometry import random_crop
 from m3.data.source import Drawn, Sample, Source
 from m3.errors import M3Error, nearest
@@ -53,7 +53,7 @@ class Samples(Dataset[Loaded]):
                 raise M3Error(f"data.drop names `{name}`, which is no modality.{nearest(name, modalities)}")
         check_geometry(spec, modalities)
         self.source, self.modalities, self.spec, self.seed = source, modalities, spec, seed
-        self.photometric = Photometric(spec.augment, modalities)
+        self.augmentation = Augmentation(spec.augment, modalities)
         self._last: tuple[int, Sample] | None = None
 
     def __getitem__(self, at: tuple[int, int]) -> Loaded:
@@ -117,7 +117,7 @@ class Samples(Dataset[Loaded]):
         known = {name: self.modalities[name].times(part) for name, part in parts.items()}
         fitted = fit_together(raw, self.modalities, crop)
         return Loaded(
-            self.photometric(fitted, f"{self.seed}/{position}") if is_training else fitted,
+            self.augmentation(fitted, f"{self.seed}/{position}") if is_training else fitted,
             position,
             sample.id,
             {name: times for name, times in known.items() if times is not None},

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from m3.data.augment import PHOTOMETRIC, Photometric
+from m3.data.augment import PHOTOMETRIC, Augmentation
 from m3.data.geometry import random_crop
 from m3.data.loader import Samples
 from m3.data.source import open_source
@@ -146,27 +146,27 @@ def test_what_is_drawn_depends_on_the_position_alone_and_moves_no_generator() ->
 def test_transforms_are_torchvisions_in_their_order() -> None:
     image = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 16, 16), dtype=np.uint8))
     entries = [{"type": "random_invert", "p": 1.0}, {"type": "random_posterize", "bits": 2, "p": 1.0}]
-    made = Photometric({"image": entries}, parts("image"))
+    made = Augmentation({"image": entries}, parts("image"))
     assert torch.equal(made({"image": image}, "key")["image"], (255 - image) & 0b11000000)
-    swapped = Photometric({"image": entries[::-1]}, parts("image"))
+    swapped = Augmentation({"image": entries[::-1]}, parts("image"))
     assert torch.equal(swapped({"image": image}, "key")["image"], 255 - (image & 0b11000000))
 
 
 def test_chance_leaves_some_samples_as_they_are() -> None:
-    made = Photometric({"image": [{"type": "random_invert", "p": 1.0, "chance": 0.25}]}, parts("image"))
+    made = Augmentation({"image": [{"type": "random_invert", "p": 1.0, "chance": 0.25}]}, parts("image"))
     image = torch.arange(3 * 16 * 16).view(3, 16, 16).to(torch.uint8)
     changed = [not torch.equal(made({"image": image}, str(key))["image"], image) for key in range(400)]
     assert 0.18 < sum(changed) / 400 < 0.32
 
 
 def test_a_video_is_changed_alike_in_all_frames() -> None:
-    made = Photometric({"video": [JITTER]}, parts("video"))
+    made = Augmentation({"video": [JITTER]}, parts("video"))
     frame = torch.arange(3 * 16 * 16).view(3, 1, 16, 16).to(torch.uint8)
     out = made({"video": frame.expand(3, 4, 16, 16).contiguous()}, "key")["video"]
     assert out.shape == (3, 4, 16, 16)
     assert not torch.equal(out[:, :1], frame)
     assert all(torch.equal(out[:, i], out[:, 0]) for i in range(4))
-    alone = Photometric({"image": [JITTER]}, parts("image"))
+    alone = Augmentation({"image": [JITTER]}, parts("image"))
     assert alone({"image": frame[:, 0]}, "key")["image"].shape == (3, 16, 16)
 
 
@@ -179,14 +179,14 @@ def test_held_out_samples_keep_their_colours() -> None:
 def test_without_torchvision_its_extra_is_named(monkeypatch: Any) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.transforms", None)
     with pytest.raises(M3Error, match=r"data.augment.image.0 needs torchvision; run `pip install 'm3-mul.*\[vision\]'"):
-        Photometric({"image": [JITTER]}, parts("image"))
+        Augmentation({"image": [JITTER]}, parts("image"))
 
 
 @pytest.mark.parametrize("kind", PHOTOMETRIC)
 def test_every_transform_keeps_size_and_type(kind: str) -> None:
     more = {"gaussian_blur": {"kernel_size": 3}, "random_posterize": {"bits": 3}, "random_solarize": {"threshold": 99}}
     more["random_adjust_sharpness"] = {"sharpness_factor": 2}
-    made = Photometric({"image": [{"type": kind, **more.get(kind, {})}]}, parts("image"))
+    made = Augmentation({"image": [{"type": kind, **more.get(kind, {})}]}, parts("image"))
     out = made({"image": torch.arange(768).view(3, 16, 16).to(torch.uint8)}, "key")["image"]
     assert (out.shape, out.dtype, out.is_contiguous()) == ((3, 16, 16), torch.uint8, True)
 
@@ -195,7 +195,7 @@ def test_every_transform_keeps_size_and_type(kind: str) -> None:
     ("augment", "sentence"),
     [
         ({"imag": []}, r"data.augment names `imag`, which is no modality. Did you mean `image`\?"),
-        ({"depth": [JITTER]}, r"data.augment.depth: only colours of pictures can be changed; remove this entry"),
+        ({"depth": [JITTER]}, r"data.augment.depth: only pictures and points can be changed; remove this entry"),
         ({"image": [{"brightness": 1}]}, r"data.augment.image.0.type: this key is required; add it"),
         ({"image": [{"type": "color_jiter"}]}, r"image.0.type: `color_jiter` is no change of colours. Did you mean `c"),
         ({"image": [{"type": "random_rotation"}]}, r"image.0.type: `random_rotation` is no change of colours"),

@@ -17,6 +17,7 @@ from m3 import M3Config, M3Model
 from m3.errors import M3Error
 from m3.evaluate.task import Row, build_tasks
 from m3.evaluate.tasks.probe import accuracy, raw_values
+from m3.show import metrics_table
 from m3.types import Batch
 
 SIZE = 8
@@ -229,6 +230,15 @@ def test_raw_values_are_token_values_with_0_for_unknown_ones_and_shares_of_class
 def test_settings_that_do_not_fit_the_model_are_refused(settings, sentence):
     with pytest.raises(M3Error, match=sentence):
         build_tasks({"read": {"type": "probe", "label": "bright", **settings}}, make(class_tokens=0), seed=0)
+
+
+def test_the_table_explains_the_baselines():
+    rows = [
+        Row("read", "accuracy of x", 0.5, 0.25, name, True) for name in ("raw", "random", "majority", "of a plugin")
+    ]
+    caption = str(metrics_table(rows).caption)
+    lines = ["normalised values themselves", "with fresh weights", "most frequent class", "of a plugin"]
+    assert [line.endswith(end) for line, end in zip(caption.splitlines(), lines, strict=True)] == [True] * 4
 
 
 def test_an_unknown_label_is_named():

@@ -56,7 +56,7 @@ def slow_attention(attention: WindowAttention, x: Tensor, counts, window, shift,
                     steps = [math.copysign(math.log(1 + abs(d)), d) for d in (row - cells[j][0], column - cells[j][1])]
                     apart = torch.tensor(steps, dtype=torch.float64)
                     hidden = (p["bias.0.weight"] @ apart + p["bias.0.bias"]).clamp(min=0)
-                    bias = p["bias.2.weight"][head] @ hidden + p["bias.2.bias"][head]
+                    bias = p["bias.2.weight"][head] @ hidden
                     scores.append(cosine / max(1 + p["temperature"][head].item(), 0.01) + bias)
                 if near:
                     weights = torch.stack(scores).exp()
@@ -161,11 +161,12 @@ def test_a_block_is_timms(shift):
         state[f"attn.qkv.{kind}"] = getattr(ours.attention.qkv, kind)
         state[f"attn.proj.{kind}"] = getattr(ours.attention.projection, kind)
         state[f"attn.meta_mlp.fc1.{kind}"] = getattr(ours.attention.bias[0], kind)
-        state[f"attn.meta_mlp.fc2.{kind}"] = getattr(ours.attention.bias[2], kind)
         for layer in ("norm1", "norm2"):
             state[f"{layer}.{kind}"] = getattr(getattr(ours, layer), kind)
         for layer in ("fc1", "fc2"):
             state[f"mlp.{layer}.{kind}"] = getattr(getattr(ours.mlp, layer), kind)
+    state["attn.meta_mlp.fc2.weight"] = ours.attention.bias[2].weight
+    state["attn.meta_mlp.fc2.bias"] = torch.ones(HEADS)  # the same for all keys, so without effect
     state["attn.logit_scale"] = -torch.log(1 + ours.attention.temperature)
     theirs.load_state_dict(state)
     x = tokens_of(96)

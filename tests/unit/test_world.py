@@ -271,6 +271,7 @@ def test_samples_and_labels():
         assert sample["signals"]["image"].shape == (48, 64, 3)
         assert WorldSource.LABEL_NAMES["shape"][sample["labels"]["shape"]] == main.shape
         assert WorldSource.LABEL_NAMES["color"][sample["labels"]["color"]] == main.colour
+        assert WorldSource.LABEL_NAMES["material"][sample["labels"]["material"]] == main.material
         assert sample["labels"]["count"] == sum(p >= SEEN_PIXELS * 48 * 64 for p in pixels)
     assert sample["id"] == "world/held_out/000029"
     assert tuple(COLOURS) == WorldSource.LABEL_NAMES["color"]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from pydantic import PositiveFloat, PositiveInt
 
 from m3.data.source import Sample, Source, Split
 from m3.data.world import WorldSource
+from m3.data.world.scene import SHAPES
 from m3.data.world.source import USUAL, Offer
 from m3.errors import M3Error, read_settings
 from m3.parts import type_name
@@ -27,12 +31,14 @@ class Options(Strict):
         fps: frames per second.
         sound_rate: samples of sound per second.
         points: of a cloud.
+        objects: `all` of a scene, or of each scene only the `main` one, with the most pixels.
     """
 
     frames: PositiveInt = USUAL.frames
     fps: PositiveFloat = USUAL.fps
     sound_rate: PositiveInt = USUAL.sound_rate
     points: PositiveInt = USUAL.points
+    objects: Literal["all", "main"] = "all"
 
 
 class World(Source):
@@ -41,7 +47,7 @@ class World(Source):
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
         options = read_settings(Options, spec.options, "data.options")
-        offer = Offer(**options.model_dump())
+        offer = Offer(**options.model_dump(exclude={"objects"}), is_alone=options.objects == "main")
         self.types = {name: part.reads or type_name(type(part).__name__) for name, part in modalities.items()}
         for name, kind in self.types.items():
             if kind not in WorldSource.SIGNALS:
@@ -52,7 +58,7 @@ class World(Source):
         height, width = _frame_size(modalities)
         length = (spec.samples or ENDLESS) if split == "train" else spec.held_out
         signals = tuple(dict.fromkeys(self.types.values()))
-        self.scenes = WorldSource(seed, split, length, height, width, signals=signals, offer=offer)
+        self.scenes = WorldSource(seed, split, length, height, width, signals=signals, offer=self._offer(offer))
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -61,7 +67,22 @@ class World(Source):
         """Render one scene."""
         scene = self.scenes.read(index)
         signals = {name: scene["signals"][kind] for name, kind in self.types.items()}
+        for name in (name for name, kind in self.types.items() if kind == "points"):  # with as many colours as are read
+            signals[name] = signals[name][:, : self.modalities[name].signal.channels]
         return Sample(signals, scene["id"], scene["labels"])
+
+    def _offer(self, offer: Offer) -> Offer:
+        """Return regions of the sizes that the modalities read."""
+        for name, part in self.modalities.items():
+            if self.types[name] == "regions":
+                size = part.signal.channels - 4
+                is_label = type_name(type(part).__name__) == "region_labels"
+                if is_label and size <= len(SHAPES):
+                    raise M3Error(
+                        f"modalities.{name}.classes: the world knows a background and {len(SHAPES)} shapes, got {size}."
+                    )
+                offer = replace(offer, classes=size) if is_label else replace(offer, features=size)
+        return offer
 
 
 def _frame_size(modalities: dict[str, Modality]) -> tuple[int, int]:

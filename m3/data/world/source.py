@@ -5,7 +5,7 @@ Letters: H height, W width, T frames of a video, S samples of a sound, P points.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +16,7 @@ from m3.data.world.cloud import sample_points
 from m3.data.world.derived import boxes, camera_normals, regions
 from m3.data.world.motion import DIRECTIONS, SPEEDS, motion_labels
 from m3.data.world.render import Frame, render
-from m3.data.world.scene import COLOURS, SHAPES, Scene, Split, generator, sample_scene
+from m3.data.world.scene import COLOURS, MATERIALS, SHAPES, Scene, Split, generator, sample_scene
 from m3.data.world.sound import record, strikes, struck
 from m3.errors import M3Error
 
@@ -33,12 +33,18 @@ class Offer:
         fps: frames per second.
         sound_rate: samples per second.
         points: of a cloud.
+        is_alone: leave of each scene only the object with the most pixels.
+        features: values of a region's feature.
+        classes: of a region's soft labels.
     """
 
     frames: int = 8
     fps: float = 4.0
     sound_rate: int = 16000
     points: int = 1024
+    is_alone: bool = False
+    features: int = 192
+    classes: int = 1 + len(SHAPES)
 
 
 USUAL = Offer()
@@ -57,6 +63,7 @@ class WorldSource:
         "count": ("0", "1", "2", "3", "4", "5"),
         "direction": DIRECTIONS,
         "speed": SPEEDS,
+        "material": MATERIALS,
     }
 
     def __init__(
@@ -93,8 +100,8 @@ class WorldSource:
             `signals`: those that were asked for of image uint8 (H, W, 3), depth float32 (H, W) metres, semantic_map
             uint8 (H, W), text, video `Clip`, audio `Sound`, points float32 (P, 6) as `sample_points` says, normals
             float32 (H, W, 3) in the camera's frame, boxes and regions as functions of the name say;
-            `labels`: shape and color of the object with the most pixels, count of visible objects, direction and speed
-            of that object in the picture from the first to the last frame of the video; `id`.
+            `labels`: shape, color and material of the object with the most pixels, count of visible objects, direction
+            and speed of that object in the picture from the first to the last frame of the video; `id`.
 
         Raises:
             IndexError: for an index outside 0 ... length - 1.
@@ -108,6 +115,10 @@ class WorldSource:
         seen = np.bincount(frame.instance.ravel(), minlength=len(scene.objects) + 1) / frame.instance.size
         number = int(seen[1:].argmax())
         main, duration = scene.objects[number], (self.offer.frames - 1) / self.offer.fps
+        if self.offer.is_alone:
+            scene, number = replace(scene, objects=(main,)), 0
+            frame = render(scene, self.height, self.width)
+            seen = np.bincount(frame.instance.ravel(), minlength=2) / frame.instance.size
         return {
             "signals": self._signals(index, scene, frame, seen),
             "labels": {
@@ -115,6 +126,7 @@ class WorldSource:
                 "color": list(COLOURS).index(main.colour),
                 "count": int((seen[1:] >= SEEN_PIXELS).sum()),
                 **motion_labels(scene, number, duration),
+                "material": MATERIALS.index(main.material),
             },
             "id": f"world/{self.split}/{index:06d}",
         }
@@ -131,7 +143,7 @@ class WorldSource:
             "points": lambda: sample_points(scene, self._random(index, POINTS), offer.points),
             "normals": lambda: camera_normals(scene.camera, frame),
             "boxes": lambda: boxes(scene, frame),
-            "regions": lambda: regions(scene, frame),
+            "regions": lambda: regions(scene, frame, offer.features, offer.classes),
         }
         return {name: make[name]() for name in self.signals}
 
