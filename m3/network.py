@@ -128,6 +128,22 @@ class Network(PreTrainedModel):
                 with within(f"objectives.{name}"):
                     self._check_view(view)
                     self.views[view] = Masker(view, {n: _classes(self._tokenizer(n)) for n in view.modalities})
+        seen = self._build_towers(spec, towers)
+        places = {n: self.positions[own] for n, own in self.reader_of.items() if own in self.positions}
+        self.marks = Marks(places, self.modality_embeddings)
+        for objective in objectives.values():
+            objective.marks = self.marks
+        self.objectives = nn.ModuleDict(objectives)
+        able = [name for name, part in objectives.items() if hasattr(part, "similarity")]
+        for view in self.views:
+            check_swap(view, able)
+        self.post_init()
+        self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
+        for name in only_targets(objectives, seen):  # they are never embedded
+            self.tokenizers[name].requires_grad_(False)
+
+    def _build_towers(self, spec: BackboneSpec, towers: dict[str, TowerSpec]) -> dict[str, None]:
+        """Make the transformers that the views need, with what is added to tokens; return what the views read."""
         self.modality_embeddings = nn.ParameterDict()
         self.mask_tokens = nn.ParameterDict()
         self.towers = nn.ModuleDict()
@@ -148,18 +164,7 @@ class Network(PreTrainedModel):
                 self.towers[tower] = Backbone(towers[tower])
             else:
                 self.backbone = Backbone(spec)
-        places = {n: self.positions[own] for n, own in self.reader_of.items() if own in self.positions}
-        self.marks = Marks(places, self.modality_embeddings)
-        for objective in objectives.values():
-            objective.marks = self.marks
-        self.objectives = nn.ModuleDict(objectives)
-        able = [name for name, part in objectives.items() if hasattr(part, "similarity")]
-        for view in self.views:
-            check_swap(view, able)
-        self.post_init()
-        self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
-        for name in only_targets(objectives, seen):  # they are never embedded
-            self.tokenizers[name].requires_grad_(False)
+        return seen
 
     # -- training: a batch passes prepare, encode, the objectives ---------------------------------------
 

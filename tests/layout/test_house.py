@@ -21,6 +21,7 @@ ORDER = (
         "machine",
         "types",
         "random",
+        "signals",
         "linear",
         "drawing",
         "points",

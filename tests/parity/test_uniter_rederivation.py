@@ -280,8 +280,8 @@ def test_value_and_gradients_of_every_loss(prepared: tuple[M3Model, Prepared, Sl
     if name == "match":
         match, alignment = slow.match(plan)
         expected = match + 0.1 * alignment
-        parts = {part: float(p.sum / p.count) for part, p in found.parts.parts.items()}
-        assert parts == pytest.approx({"match/match": float(match), "match/alignment": float(alignment)}, rel=1e-6)
+        parts = {part: (p.sum / p.count).item() for part, p in found.parts.parts.items()}
+        assert parts == pytest.approx({"match/match": match.item(), "match/alignment": alignment.item()}, rel=1e-6)
     else:
         expected = getattr(slow, name)(plan)
     assert found.loss.item() == pytest.approx(expected.item(), rel=1e-6)
