@@ -13,7 +13,9 @@ quickstart: $(READY)  ## set up, train the quick-start recipe, show what it lear
 TOKENS := runs/fourm_tokens
 CODED := $(TOKENS)/.image_fsq $(TOKENS)/.depth_vq $(TOKENS)/.semantic_vq
 
-fourm: $(CODED)  ## 4M in small: train tokenizers, write shards of their codes, train on them; skips what is there
+fourm: runs/fourm_tiny/model/config.json  ## 4M in small: tokenizers, shards of codes, training; skips what is there
+
+runs/fourm_tiny/model/config.json: $(CODED)
 	$(LAUNCH) -m m3.train recipes/fourm_tiny.yaml data.root=$(TOKENS)
 
 $(TOKENS)/.%: runs/tokenizer_%/model/config.json
@@ -23,8 +25,8 @@ $(TOKENS)/.%: runs/tokenizer_%/model/config.json
 $(TOKENS)/.image_fsq: COPIED := --copy rgb --copy caption --copy boxes
 
 .PRECIOUS: runs/tokenizer_%/model/config.json
-runs/tokenizer_%/model/config.json: $(READY)
-	test -f $@ || $(LAUNCH) -m m3.train recipes/tokenizer_$*.yaml
+runs/tokenizer_%/model/config.json: | $(READY)
+	$(LAUNCH) -m m3.train recipes/tokenizer_$*.yaml
 
 test: $(READY)  ## everything that must pass, in a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"
