@@ -5,10 +5,28 @@ BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 READY := .venv/.ready
 
-.PHONY: quickstart test test-slow lint bench clean
+.PHONY: quickstart fourm test test-slow lint bench clean
 
 quickstart: $(READY)  ## set up, train the quick-start recipe, show what it learned
 	$(LAUNCH) -m m3.train recipes/quickstart.yaml
+
+TOKENS := runs/fourm_tokens
+CODED := $(TOKENS)/.image_fsq $(TOKENS)/.depth_vq $(TOKENS)/.semantic_vq
+
+fourm: runs/fourm_tiny/model/config.json  ## 4M in small: tokenizers, shards of codes, training; skips what is there
+
+runs/fourm_tiny/model/config.json: $(CODED)
+	$(LAUNCH) -m m3.train recipes/fourm_tiny.yaml data.root=$(TOKENS)
+
+$(TOKENS)/.%: runs/tokenizer_%/model/config.json
+	$(BIN)/m3 tokenize runs/tokenizer_$*/model fourm_tiny $(TOKENS) data.source=world data.samples=8192 $(COPIED)
+	touch $@
+
+$(TOKENS)/.image_fsq: COPIED := --copy rgb --copy caption --copy boxes
+
+.PRECIOUS: runs/tokenizer_%/model/config.json
+runs/tokenizer_%/model/config.json: | $(READY)
+	$(LAUNCH) -m m3.train recipes/tokenizer_$*.yaml
 
 test: $(READY)  ## everything that must pass, in a few minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 -m "not slow"

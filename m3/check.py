@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from m3.checkpoint import newest
 from m3.config import M3Config
+from m3.data.world.scene import SHAPES
 from m3.errors import M3Error
 from m3.model import M3Model
 from m3.parts import find
@@ -35,7 +36,8 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
     """Return the recipe with the same parts but a small network, a small batch, `steps` steps and few samples.
 
     Token counts, masks, targets and losses stay those of the recipe, and so does its source; scenes of the world
-    stand in for a folder that it leaves open, and an untrained tokenizer for one that is not there.
+    stand in for a folder that it leaves open, an untrained tokenizer for a target's that is not there, and semantic
+    maps for codes of one that is not there.
     """
     settings = recipe.model_dump(mode="json", exclude_none=True)
     settings["out"] = str(out)
@@ -43,6 +45,8 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
         tower |= {"width": WIDTH, "depth": 2, "heads": 2}
     settings.pop("init", None)
     for objective in settings["objectives"].values():
+        if "sides" in objective:  # a side without projection has the width of its tower
+            objective["width"] = 32
         for part in [objective, *objective.get("targets", {}).values()]:
             if "decoder" in part:
                 part["decoder"] = _small_decoder(part["decoder"])
@@ -57,6 +61,7 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
             objective["swap"]["group"] = 2
     if recipe.data.root is None and recipe.data.source in NEED_ROOT:
         settings["data"] = {"source": "world"}
+        settings["modalities"] = {n: _of_the_world(entry) for n, entry in settings["modalities"].items()}
     settings["data"] |= {"samples": 4 * SAMPLES, "held_out": SAMPLES, "workers": 0}
     settings["train"].pop("epochs", None)
     settings["train"] |= {"steps": steps, "batch_size": SAMPLES, "micro_batch": SAMPLES // 2, "warmup": 1}
@@ -115,3 +120,12 @@ def _small_decoder(decoder: dict[str, Any]) -> dict[str, Any]:
     if decoder["type"] == "head":  # as wide as the network, which its weights may be tied to
         return {**decoder, "hidden": WIDTH} if decoder.get("hidden") else decoder
     return decoder | {key: value for key, value in {"width": 16, "depth": 1, "heads": 2}.items() if key in known}
+
+
+def _of_the_world(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a modality so that scenes of the world can be read with them."""
+    if entry["type"] == "boxes":
+        return {**entry, "labels": list(SHAPES)}
+    if entry["type"] == "codes" and not Path(entry["path"]).is_dir():
+        return {"type": "semantic_map", "size": 8, "classes": 6, "tokenizer": entry["tokenizer"]}
+    return entry

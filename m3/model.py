@@ -15,9 +15,9 @@ from m3 import masking
 from m3.errors import M3Error, nearest
 from m3.network import Network
 from m3.objectives.match import Match
-from m3.plugins import Embedder, Predictor, Signal
+from m3.plugins import Embedder, Predictor, Signal, View
 from m3.random import Draws
-from m3.types import Batch, Encoded, MaskPlan, Tokens
+from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,14 @@ class M3Model(Network):
         """Encode everything in a batch, nothing hidden.
 
         Args:
-            batch: raw signals of any subset of the modalities.
+            batch: raw signals of any subset of the modalities; those that are only predicted are left out.
             layers: numbers of blocks whose output is kept in `Encoded.layers`.
         """
         tokens = self.tokenise(batch.to(self.device))
-        return self.encode_tokens(tokens, masking.everything(tokens), layers)
+        seen = {name: part for name, part in tokens.items() if name in self.inputs or not self.inputs}
+        if not seen:
+            raise M3Error(f"the batch has none of {', '.join(self.inputs)}, which the model reads; give one of them.")
+        return self.encode_tokens(seen, masking.everything(seen), layers)
 
     @torch.no_grad()
     def embed(self, batch: Batch, objective: str | None = None) -> dict[str, Tensor]:
@@ -108,17 +111,8 @@ class M3Model(Network):
             objective: name of the objective that predicts; the first one that can if left out.
         """
         batch = batch.to(self.device)
-        tokens = self.tokenise(batch)
         predictor = self._predictor(objective)
-        draws = Draws(batch.keys, seed)
-        view = predictor.view
-        seen = {name: tokens[name] for name in view.modalities if name in tokens} if view else {}
-        if view is None:
-            encoded = Encoded(torch.empty(len(batch), 0, 0), 0, MaskPlan({}, {}))
-        elif visible is None:
-            encoded = self.encode_tokens(tokens, self.views[view](seen, draws))
-        else:
-            encoded = self.encode_tokens(tokens, self.views[view].explicit(seen, visible, draws))
+        tokens, encoded = self._look(batch, visible, seed, predictor.view)
         plan = encoded.plan
         predicted, outputs, guesses = {}, {}, {}
         for name, modality in predictor.modality_of.items():
@@ -128,8 +122,39 @@ class M3Model(Network):
             values = self._tokenizer(modality).decode(predictor.restore(name, output, part))
             guesses[name] = values
             predicted[name] = self._tokenizer(modality).detokenize(values, part.positions, self._size(batch, modality))
-        is_visible = {name: plan.is_seen(name, tokens[name].count) for name in seen}
+        is_visible = {name: plan.is_seen(name, tokens[name].count) for name in plan.visible}
         return Reconstruction(predicted, outputs, guesses, tokens, predictor.modality_of, plan, is_visible)
+
+    @torch.no_grad()
+    def losses(
+        self, batch: Batch, visible: float | Mapping[str, float | Tensor] | None, seed: int, objective: str
+    ) -> tuple[Loss, dict[str, Tokens], MaskPlan]:
+        """Show a part of the batch to the encoder and measure the losses of one objective on the rest.
+
+        Args:
+            batch: raw signals.
+            visible: as in `reconstruct`.
+            seed: of the masks.
+            objective: name of an objective with one view.
+
+        Returns:
+            The losses, the tokens, and what was seen and asked for.
+        """
+        part = self._predictor(objective)
+        tokens, encoded = self._look(batch.to(self.device), visible, seed, part.view)
+        return part(dict.fromkeys(part.views, encoded), tokens), tokens, encoded.plan
+
+    def _look(
+        self, batch: Batch, visible: float | Mapping[str, float | Tensor] | None, seed: int, view: View | None
+    ) -> tuple[dict[str, Tokens], Encoded]:
+        """Return the tokens of a batch and what the encoder makes of the visible ones of a view."""
+        tokens, draws = self.tokenise(batch), Draws(batch.keys, seed)
+        if view is None:
+            return tokens, Encoded(torch.empty(len(batch), 0, 0), 0, MaskPlan({}, {}))
+        seen = {name: tokens[name] for name in view.modalities if name in tokens}
+        mask = self.views[view]
+        plan = mask(seen, draws) if visible is None else mask.explicit(seen, visible, draws)
+        return tokens, self.encode_tokens(tokens, plan)
 
     def _embedder(self, name: str | None) -> Embedder:
         found = {n: o for n, o in self.objectives.items() if isinstance(o, Embedder)}

@@ -19,12 +19,12 @@ from m3.config import M3Config
 from m3.encoder import Encoder
 from m3.errors import M3Error, nearest, read_settings, within
 from m3.masker import Masker
-from m3.partners import Swap, draw_partners, swapped
+from m3.partners import Swap, check_swap, draw_partners, swapped
 from m3.parts import build_spec
 from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
 from m3.positions import Marks, build_positions
 from m3.random import Draws
-from m3.sharing import check_readers, readers
+from m3.sharing import check_readers, only_targets, readers, towers_of
 from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens
 
 
@@ -99,7 +99,7 @@ class Network(Encoder):
         towers = {
             name: read_settings(TowerSpec, tower, f"towers.{name}") for name, tower in (config.towers or {}).items()
         }
-        self.tower_of = _tower_of(towers, self.modalities)
+        self.tower_of = towers_of(towers, self.modalities)
         self.reader_of = readers(config.modalities)
         self.tokenizers = nn.ModuleDict()
         self._build_tokenizers(towers, spec)
@@ -122,13 +122,30 @@ class Network(Encoder):
                     own = {name: tokenizers[name] for name in view.modalities}
                     self.views[view] = Masker(view, {name: _classes(part) for name, part in own.items()})
                     self.views[view].bind(own)
+        seen = self._build_towers(spec, towers)
+        places = {n: self.positions[own] for n, own in self.reader_of.items() if own in self.positions}
+        self.marks = Marks(places, self.modality_embeddings)
+        for objective in objectives.values():
+            objective.marks = self.marks
+        self.objectives = nn.ModuleDict(objectives)
+        able = [name for name, part in objectives.items() if hasattr(part, "similarity")]
+        for view in self.views:
+            check_swap(view, able)
+        self.post_init()
+        self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
+        for name in only_targets(objectives, seen):  # they are never embedded
+            self.tokenizers[name].requires_grad_(False)
+
+    def _build_towers(self, spec: BackboneSpec, towers: dict[str, TowerSpec]) -> dict[str, None]:
+        """Make the transformers that the views need, with what is added to tokens; return what the views read."""
         self.modality_embeddings = nn.ParameterDict()
         self.mask_tokens = nn.ParameterDict()
         self.towers = nn.ModuleDict()
         self.backbone = None  # objectives without views bring their own network
         seen = dict.fromkeys(name for view in self.views for name in view.modalities)
         hidden = {name for view, mask in self.views.items() for name in view.modalities if mask.hides(name)}
-        for name in self.modalities if self.views else ():
+        self.inputs = tuple(name for name in self.modalities if name in seen)
+        for name in self.inputs:
             tower = towers.get(self.tower_of[name], spec)
             if self.reader_of[name] == name:
                 self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
@@ -141,15 +158,7 @@ class Network(Encoder):
                 self.towers[tower] = Backbone(towers[tower])
             else:
                 self.backbone = Backbone(spec)
-        places = {n: self.positions[own] for n, own in self.reader_of.items() if own in self.positions}
-        self.marks = Marks(places, self.modality_embeddings)
-        for objective in objectives.values():
-            objective.marks = self.marks
-        self.objectives = nn.ModuleDict(objectives)
-        for view in self.views:
-            self._check_swap(view)
-        self.post_init()
-        self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
+        return seen
 
     def _build_tokenizers(self, towers: dict[str, TowerSpec], backbone: BackboneSpec) -> None:
         """Make the tokenizers and tell each what it needs to know; pinned settings join the config."""
@@ -301,38 +310,11 @@ class Network(Encoder):
         for objective in self._objectives().values():
             objective.after_step()
 
-    def _check_swap(self, view: View) -> None:
-        """Raise M3Error for a view whose mismatches can't be drawn."""
-        swap = Swap(**json.loads(view.swap)) if view.swap else None
-        if swap is None:
-            return
-        if swap.of not in view.modalities:
-            raise M3Error(f"`{swap.of}` can't be swapped in a view of {', '.join(view.modalities)}; name one of them.")
-        able = [name for name, objective in self.objectives.items() if hasattr(objective, "similarity")]
-        if swap.by != "random" and swap.by not in able:
-            raise M3Error(
-                f"swap.by: `{swap.by}` is no objective of type `contrast`; write `random` or add one."
-                f"{nearest(swap.by, able)}"
-            )
-
     def _objectives(self) -> dict[str, Objective]:
         return dict(self.objectives.items())  # type: ignore[arg-type]  # as above
 
     def _active(self, names: tuple[str, ...] | None) -> dict[str, Objective]:
         return {name: o for name, o in self._objectives().items() if names is None or name in names}
-
-
-def _tower_of(towers: dict[str, TowerSpec], modalities: Iterable[str]) -> dict[str, str]:
-    """Return modality -> name of its tower, empty for the shared backbone."""
-    found = dict.fromkeys(modalities, "")
-    for name, tower in towers.items():
-        for modality in tower.modalities:
-            if modality not in found:
-                raise M3Error(f"towers.{name}.modalities: there is no modality `{modality}`.{nearest(modality, found)}")
-            if found[modality]:
-                raise M3Error(f"`{modality}` is in the towers {found[modality]} and {name}; leave it in one.")
-            found[modality] = name
-    return found
 
 
 def _classes(tokenizer: Tokenizer) -> int:

@@ -8,14 +8,15 @@ Letters: B batch, G samples of a group.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from m3.errors import M3Error
-from m3.plugins import Strict
+from m3.errors import M3Error, nearest
+from m3.plugins import Strict, View
 from m3.random import Draws
 from m3.types import Partners, Tokens
 
@@ -35,6 +36,20 @@ class Swap(Strict):
     group: int = Field(default=4, ge=2)
     share: float = Field(default=0.5, gt=0, le=1)
     by: str = "random"
+
+
+def check_swap(view: View, able: list[str]) -> None:
+    """Raise M3Error for a view whose mismatches can't be drawn; `able` names the objectives that know similarities."""
+    swap = Swap(**json.loads(view.swap)) if view.swap else None
+    if swap is None:
+        return
+    if swap.of not in view.modalities:
+        raise M3Error(f"`{swap.of}` can't be swapped in a view of {', '.join(view.modalities)}; name one of them.")
+    if swap.by != "random" and swap.by not in able:
+        raise M3Error(
+            f"swap.by: `{swap.by}` is no objective of type `contrast`; write `random` or add one."
+            f"{nearest(swap.by, able)}"
+        )
 
 
 def draw_partners(swap: Swap, tokens: dict[str, Tokens], draws: Draws, similarity: Tensor | None = None) -> Partners:

@@ -22,7 +22,7 @@ HOMES = {
     "objectives": ("m3.objectives",),
     "sources": ("m3.data.sources",),
     "maskings": ("m3.maskings",),
-    "scorers": ("m3.scorers",),
+    "scorers": ("m3.scorers", "m3.shaped_scorers"),
     "decoders": ("m3.heads",),
     "targets": ("m3.targets",),
     "positions": ("m3.positions",),

@@ -188,7 +188,7 @@ class Projected(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Embed (1 or B, N, A) -> (1 or B, N, D)."""
-        return self.norm(self.projection(positions))
+        return self.norm(self.projection(positions.to(self.projection.weight.dtype)))
 
 
 class Rotary(nn.Module):

@@ -1,12 +1,13 @@
-"""Modalities that are read by one tokenizer: `tokenizer: {same_as: video}`."""
+"""Who reads what: modalities that share a tokenizer (`tokenizer: {same_as: video}`), and the towers they belong to."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from m3.backbone import TowerSpec
 from m3.errors import M3Error, nearest
-from m3.plugins import Modality, Tokenizer
+from m3.plugins import Modality, Objective, Predictor, Tokenizer
 
 
 def readers(settings: dict[str, dict[str, Any]]) -> dict[str, str]:
@@ -53,3 +54,23 @@ def check_readers(
             raise M3Error(f"{where}: the tokenizer of `{other}` can't read `{name}`; give it one of its own.")
         if towers[name] != towers[other]:
             raise M3Error(f"{where}: `{name}` and `{other}` are read by different towers; put them into one.")
+
+
+def towers_of(towers: dict[str, TowerSpec], modalities: Iterable[str]) -> dict[str, str]:
+    """Return modality -> name of its tower, empty for the shared backbone."""
+    found = dict.fromkeys(modalities, "")
+    for name, tower in towers.items():
+        for modality in tower.modalities:
+            if modality not in found:
+                raise M3Error(f"towers.{name}.modalities: there is no modality `{modality}`.{nearest(modality, found)}")
+            if found[modality]:
+                raise M3Error(f"`{modality}` is in the towers {found[modality]} and {name}; leave it in one.")
+            found[modality] = name
+    return found
+
+
+def only_targets(objectives: dict[str, Objective], seen: Iterable[str]) -> set[str]:
+    """Return the modalities that are predicted but that no view and no autoencoder reads."""
+    predictors = [part for part in objectives.values() if isinstance(part, Predictor)]
+    read = {name for part in predictors if part.view is None for name in part.modality_of.values()}
+    return {name for part in predictors for name in part.modality_of.values()} - read - set(seen)

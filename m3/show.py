@@ -24,6 +24,8 @@ BASELINES = {
     "chance": "chance: a guess, candidates in random order",
     "majority": "majority: the most frequent class of these samples, for all of them",
     "without": "without: the same model, not shown another modality",
+    "unigram": "unigram: how often each id is asked for in training samples",
+    "nothing": "nothing: the same model, which is shown nothing",
     "raw": "raw: the same probe on the normalised values themselves",
     "random": "random: the same probe on the network with fresh weights",
     "one_code": "one code: a collapsed codebook that says the same of everything",

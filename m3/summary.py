@@ -18,7 +18,7 @@ from m3.model import M3Model
 from m3.recipe import Recipe, dump_recipe
 from m3.show import count_parameters
 from m3.train import model_config
-from m3.types import Batch, MaskPlan
+from m3.types import Batch
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,16 @@ def _token_table(model: M3Model) -> Table:
     for column in ("modality", "raw", "tokens", "visible at most", "predicted at most"):
         table.add_column(column, justify="left" if column in ("modality", "raw") else "right")
     prepared = model.prepare(meta_batch(model, 1))
-    plan = next(iter(prepared.plans.values()), MaskPlan({}, {}))
+    plans = list(prepared.plans.values())
     for name, tokens in prepared.tokens.items():
         signal = model.modalities[name].signal
         size = " x ".join(map(str, (signal.channels, *signal.size)))
-        visible = plan.visible[name].shape[1] if name in plan.visible else 0
-        target = plan.target[name].shape[1] if name in plan.target else tokens.count
+        visible = max((plan.visible[name].shape[1] for plan in plans if name in plan.visible), default=0)
+        target = max((plan.target[name].shape[1] for plan in plans if name in plan.target), default=tokens.count)
         table.add_row(name, size, str(tokens.count), str(visible), str(target))
-    if plan.visible:
-        table.add_row("[bold]encoder", "", "", f"[bold]{plan.packed_index().shape[1]}", "")
+    for plan in plans:
+        read = "encoder" if len(plans) == 1 else f"encoder of {', '.join(plan.visible)}"
+        table.add_row(f"[bold]{read}", "", "", f"[bold]{plan.packed_index().shape[1]}", "")
     return table
 
 

@@ -138,7 +138,20 @@ def _column(numbers: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.stack([torch.full((1,), number, device=like.device) for number in numbers])
 
 
-class SoftLabels:
+class _Labels:
+    """What a decoder predicts as logits over the values of a token."""
+
+    is_relative = False
+
+    def __init__(self, spec: Any, tokenizer: Tokenizer) -> None:
+        self.width = tokenizer.output_width
+
+    def restore(self, predicted: Tensor, tokens: Tokens) -> Tensor:
+        """Turn logits (B, N, P) into probabilities."""
+        return predicted.softmax(-1)
+
+
+class SoftLabels(_Labels):
     """The token's values as probabilities of classes, for loss `kl` (UNITER's MRC-kl, Chen et al. 2020, section 3.2).
 
     Predictions are logits.
@@ -148,24 +161,16 @@ class SoftLabels:
         """Settings of `type: soft_labels`; it has none."""
 
     kind = "probabilities"
-    is_relative = False
-
-    def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
-        self.width = tokenizer.output_width
 
     def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:
         """Return the probabilities (B, T, P) of the tokens at index (B, T), NaN where nobody knows them."""
         return take(tokens.values, index)
 
-    def restore(self, predicted: Tensor, tokens: Tokens) -> Tensor:
-        """Turn logits (B, N, P) into probabilities."""
-        return predicted.softmax(-1)
 
-
-class MostLikely(SoftLabels):
+class MostLikely(_Labels):
     """The most likely class of the token's values, as an id, for loss `cross_entropy` (UNITER's MRC)."""
 
-    class Spec(Strict):  # type: ignore[override]
+    class Spec(Strict):
         """Settings of `type: most_likely`.
 
         Attributes:
@@ -177,7 +182,7 @@ class MostLikely(SoftLabels):
     kind = "classes"
 
     def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
-        super().__init__(SoftLabels.Spec(), tokenizer)
+        super().__init__(spec, tokenizer)
         self.skip, self.classes = spec.skip, tokenizer.output_width
         if spec.skip >= self.classes:
             raise M3Error(f"target `most_likely` skips all of {self.classes} classes; lower `skip`.")

@@ -9,12 +9,12 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from m3.modalities.regions import Regions
+from m3.modalities.regions import Boxed
 from m3.plugins import Strict
 
 
-class RegionLabels(Regions):
-    """Raw and normalised: float32 (R, K + 4), probabilities, then the box; NaN where there is no region.
+class RegionLabels(Boxed):
+    """Probabilities of classes, see `Boxed`.
 
     Made of the same files as `regions`, cropped and cut alike, so that label i is that of region i.
     """
@@ -35,10 +35,9 @@ class RegionLabels(Regions):
     higher_is_better = True
     entry = "soft_labels"
 
-    @property
-    def width(self) -> int:
-        """Values of a region, without its box."""
-        return self.spec.classes
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.width = spec.classes
 
     def colours(self, values: Tensor) -> Tensor:
         """Return uint8 (R, 3), a colour for each most likely class of probabilities (R, K)."""

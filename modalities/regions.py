@@ -5,8 +5,9 @@ Letters: B batch, R regions, F values of a feature vector.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -26,33 +27,21 @@ SMALLEST = 0.02
 """Share of the picture's side below which what a crop leaves of a box is dropped."""
 
 
-class Regions(Modality):
-    """Raw and normalised: float32 (R, F + 4), features, then left, top, right, bottom as shares of the picture.
+class Boxed(Modality):
+    """Values of regions with their boxes: what `Regions` and `RegionLabels` share.
 
-    Features stay as they are: the tokenizer's LayerNorm scales their projection. NaN where there is no region.
+    Raw and normalised: float32 (R, F + 4), values, then left, top, right, bottom as shares of the picture; NaN where
+    there is no region.
     """
 
-    class Spec(Strict):
-        """Settings of `type: regions`.
+    entry: ClassVar[str]
+    """Array of a sample that holds the values."""
 
-        Attributes:
-            features: F (2048 of a Faster R-CNN).
-            count: R that the model is built for; further regions are left out, so sort them by confidence.
-        """
-
-        features: PositiveInt = 2048
-        count: PositiveInt = 100
+    width: int
+    """F."""
 
     extensions = (".npz", ".npy")
-    measure = "MSE"
     padding = float("nan")
-    entry = "features"
-    """Array of a sample that holds what this modality is about."""
-
-    @property
-    def width(self) -> int:
-        """Values of a region, without its box."""
-        return self.spec.features
 
     @property
     def signal(self) -> Signal:
@@ -121,6 +110,32 @@ class Regions(Modality):
                 corners = (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
                 ImageDraw.Draw(picture).rectangle(corners, outline=tuple(colour.tolist()), width=2)
         return np.asarray(picture)
+
+    @abstractmethod
+    def colours(self, values: Tensor) -> Tensor:
+        """Return uint8 (R, 3), a colour for the values (R, F) of each region."""
+
+
+class Regions(Boxed):
+    """Feature vectors, see `Boxed`; they stay as they are: the tokenizer's LayerNorm scales their projection."""
+
+    class Spec(Strict):
+        """Settings of `type: regions`.
+
+        Attributes:
+            features: F (2048 of a Faster R-CNN).
+            count: R that the model is built for; further regions are left out, so sort them by confidence.
+        """
+
+        features: PositiveInt = 2048
+        count: PositiveInt = 100
+
+    measure = "MSE"
+    entry = "features"
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
+        self.width = spec.features
 
     def colours(self, values: Tensor) -> Tensor:
         """Return uint8 (R, 3) colours of features (R, F): a fixed random projection, so that pictures compare."""

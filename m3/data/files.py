@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,11 +39,11 @@ class Member(io.BytesIO):
 def encode(signal: Any) -> Stored:
     """Store a signal that exists only in memory, without loss.
 
-    Text becomes .txt (UTF-8), uint8 (H, W) or (H, W, 3) and pictures .png, a mapping of arrays .npz, every other
-    array .npy.
+    Text becomes .txt (UTF-8), uint8 (H, W) or (H, W, 3) and pictures .png, a mapping of arrays .npz, a list of rows
+    with names in them (boxes) .json, every other array .npy.
 
     Raises:
-        M3Error: the signal is no text, picture, array or tensor of numbers.
+        M3Error: the signal is nothing of these.
     """
     if isinstance(signal, str):
         return Stored(".txt", signal.encode())
@@ -50,6 +51,8 @@ def encode(signal: Any) -> Stored:
     if isinstance(signal, dict):
         np.savez(file, **signal)
         return Stored(".npz", file.getvalue())
+    if isinstance(signal, list) and any(isinstance(x, str) for row in signal if isinstance(row, tuple) for x in row):
+        return Stored(".json", json.dumps(signal).encode())
     array = np.asarray(signal)
     is_picture = array.dtype == np.uint8 and (array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3))
     if isinstance(signal, PILImage.Image) or is_picture:

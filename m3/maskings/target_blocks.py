@@ -16,7 +16,7 @@ from m3.errors import M3Error
 from m3.masking import Amount, Selection, amount
 from m3.plugins import Strict
 from m3.random import Draws
-from m3.scorers import rectangles
+from m3.shaped_scorers import rectangles
 from m3.types import MaskPlan, Tokens, take
 
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -14,12 +14,12 @@ SMALL += ["train.steps=3", "train.batch_size=8", "train.warmup=1", "train.log_ev
 SMALL += ["train.precision=fp32", "train.ema=0.9", "evaluate.every=2", "evaluate.samples=8", "data.samples=64"]
 
 
-def launch(out: Path, processes: int) -> list[dict]:
+def launch(out: Path, processes: int, recipe: str = "multimae_tiny", *more: str) -> list[dict]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     if processes > 1:  # without GPUs accelerate's launcher starts one process only
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command += ["-m", "m3.train", "multimae_tiny", f"out={out}", *SMALL]
+    command += ["-m", "m3.train", recipe, f"out={out}", *SMALL, *more]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -37,3 +37,22 @@ def test_one_and_two_processes_train_alike(tmp_path: Path) -> None:
         for name in ("model/model.safetensors", "model_ema/model.safetensors", "recipe.yaml", "preview.png"):
             assert (tmp_path / run / name).is_file(), name
         assert (tmp_path / run / "previews" / "step-00000002.png").is_file()
+
+
+def test_one_and_two_processes_draw_and_train_the_same_objectives(tmp_path: Path) -> None:
+    """A step of one objective leaves the heads of the others without gradient, on both processes alike."""
+    more = [
+        "objectives.match.swap.group=2",
+        "objectives.words.decoder.hidden=48",
+        "objectives.patches.decoder.hidden=48",
+    ]
+    more += ["train.steps=6", "train.ema=", "evaluate.every=", "evaluate.tasks="]
+    one, two = (
+        launch(tmp_path / str(n), n, "uniter_tiny", *more, f"train.micro_batch={m}") for n, m in ((1, 2), (2, 4))
+    )
+    names = [[key for key in line if "/" in key] for line in one]
+    assert len({tuple(keys) for keys in names}) > 1, "different objectives are drawn"
+    for a, b, keys in zip(one, two, names, strict=True):
+        assert [key for key in b if "/" in key] == keys
+        assert [b[key] for key in keys] == [pytest.approx(a[key], rel=1e-4, abs=1e-6) for key in keys]
+        assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)

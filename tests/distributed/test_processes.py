@@ -28,7 +28,7 @@ def launch(recipe: str, out: Path, processes: int, micro: int) -> dict[str, torc
     return load_file(out)
 
 
-@pytest.fixture(scope="module", params=["multimae_tiny", "contrast", "translate"])
+@pytest.fixture(scope="module", params=["multimae_tiny", "contrast", "uniter", "translate"])
 def whole(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
     """One batch of 8 in one process: what an objective of single samples and losses that join a step give."""
     folder = tmp_path_factory.mktemp("whole")
@@ -38,6 +38,8 @@ def whole(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[
 @pytest.mark.parametrize(("processes", "micro"), [(1, 4), (1, 1), (2, 4), (2, 2)])
 def test_cutting_the_batch_changes_nothing(tmp_path: Path, whole, processes: int, micro: int) -> None:
     recipe, expected = whole
+    if recipe == "uniter":  # pairs of neighbours are mismatched, so no micro-batch may part them
+        micro = max(2, micro)
     found = launch(recipe, tmp_path / "cut.safetensors", processes, micro)
     assert found.keys() == expected.keys()
     torch.testing.assert_close(found["counts"], expected["counts"], rtol=0, atol=0)

@@ -12,7 +12,7 @@ from m3.errors import M3Error
 from m3.plugins import View
 from m3.positions import grid
 from m3.random import Draws
-from m3.scorers import rectangles
+from m3.shaped_scorers import rectangles
 from m3.types import MaskPlan, Tokens
 
 ROWS, COLUMNS = 14, 14

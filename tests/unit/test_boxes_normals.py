@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image as PILImage
 
-from m3.data.files import Member
+from m3.data.files import Member, encode
 from m3.data.loader import Samples, fit_together
 from m3.data.source import open_source
 from m3.data.world import WorldSource
@@ -314,3 +314,13 @@ def test_a_flipped_scene_is_a_mirrored_scene() -> None:
     torch.testing.assert_close(plain["normals"].flip(2)[0], -flipped["normals"][0])
     assert plain["boxes"][:, 0].tolist() == pytest.approx((1 - flipped["boxes"][:, 2]).tolist(), abs=1e-6)
     assert torch.equal(plain["boxes"][:, [1, 3, 4]], flipped["boxes"][:, [1, 3, 4]])
+
+
+def test_boxes_of_a_scene_are_stored_as_the_file_that_is_read_again() -> None:
+    found = WorldSource(0, "train", 4).read(1)["signals"]["boxes"]
+    stored = encode(found)
+    assert stored.ending in Boxes.extensions
+    part = world_parts()["boxes"]
+    again = part.load(Member(stored.data, f"000001{stored.ending}"))
+    assert torch.equal(part.to_raw(again), part.to_raw(found))
+    assert encode([(1.5, 2.0), (3.0, 4.0)]).ending == ".npy", "numbers alone are an array"

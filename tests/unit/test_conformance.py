@@ -148,7 +148,8 @@ def test_normalised_targets_keep_the_contract(settings: dict[str, Any]) -> None:
     check_target({"type": "values", **settings})
 
 
-@pytest.mark.parametrize("kind", available("objectives"))
+# `translate` reads ids and nothing else: tests/unit/test_translate.py holds it to the same.
+@pytest.mark.parametrize("kind", sorted(set(available("objectives")) - {"translate"}))
 def test_objectives_keep_their_contract(kind: str) -> None:
     settings: dict[str, Any] = {"type": kind}
     names = ("image", "depth")

@@ -237,7 +237,7 @@ def test_the_table_explains_the_baselines():
         Row("read", "accuracy of x", 0.5, 0.25, name, True) for name in ("raw", "random", "majority", "of a plugin")
     ]
     caption = str(metrics_table(rows).caption)
-    lines = ["normalised values themselves", "with fresh weights", "most frequent class", "of a plugin"]
+    lines = ["normalised values themselves", "with fresh weights", "for all of them", "of a plugin"]
     assert [line.endswith(end) for line, end in zip(caption.splitlines(), lines, strict=True)] == [True] * 4
 
 

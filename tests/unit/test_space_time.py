@@ -174,7 +174,7 @@ def test_labels_are_spread_and_named() -> None:
 
 def test_a_picture_without_time_has_no_motion() -> None:
     labels = WorldSource(0, "train", 3, 32, 32, signals=("image",), offer=Offer(frames=1)).read(1)["labels"]
-    assert set(labels) == {"shape", "color", "count"}
+    assert set(labels) == {"shape", "color", "count", "material"}
 
 
 def test_clips_of_the_world_have_the_length_that_a_recipe_asks_for() -> None:

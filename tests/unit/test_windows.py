@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from m3 import M3Config, M3Model, masking
 from m3.errors import M3Error
+from m3.types import Batch
 from m3.windows import WindowAttention, WindowBlock, cut_windows
 
 CPU = torch.device("cpu")
@@ -190,3 +193,84 @@ def test_queries_and_keys_of_any_length_give_the_same_result():
         attention.qkv.bias[: 2 * WIDTH] *= 7
     torch.testing.assert_close(attention(x, windows), before)
     assert F.cosine_similarity(before.flatten(), attention(2 * x, windows).flatten(), dim=0) < 0.999
+
+
+# -- the decoder -----------------------------------------------------------------------------------------
+
+
+def make(modalities: dict, decoder: dict | None = None, **objective) -> M3Model:
+    torch.manual_seed(2)
+    small = {"type": "window_decoder", "width": 8, "depth": 2, "heads": 2, "window": [2, 2], "shift": [1, 0]}
+    settings = {"type": "reconstruct", "decoder": small | (decoder or {}), "targets": {"image": {}}}
+    return M3Model(
+        M3Config(
+            modalities=modalities,
+            backbone={"width": 12, "depth": 1, "heads": 2},
+            objectives={"reconstruct": settings | objective},
+        )
+    ).double()
+
+
+IMAGE = {"type": "image", "size": [12, 20], "tokenizer": {"type": "patch", "size": 4}}
+TEXT = {"type": "text", "length": 4, "vocabulary": ["a", "b"], "tokenizer": {"type": "embedding"}}
+
+
+@pytest.mark.parametrize("size", [(12, 20), (20, 12), (8, 28)])
+def test_asked_for_tokens_are_predicted_as_among_all_on_a_grid_of_any_size(size):
+    """(20, 12) has as many patches as the model is built for, in other rows."""
+    model = make({"image": IMAGE})
+    pixels = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    tokens = model.tokenise(Batch({"image": pixels}, torch.arange(2)))
+    part = replace(tokens["image"], values=tokens["image"].values.double())
+    assert part.counts == (size[0] // 4, size[1] // 4)
+    is_seen = torch.arange(2 * part.count).view(2, -1) % 3 == 1
+    encoded = model.encode_tokens({"image": part}, masking.explicit({"image": part}, {"image": is_seen}))
+    decoder = model.objectives["reconstruct"].decoders["image"]
+    everything = torch.arange(part.count).expand(2, -1)
+    whole = decoder(encoded, {"image": part}, everything)
+    index = torch.tensor([[0, 3, 4], [2, 8, 11]])
+    torch.testing.assert_close(
+        decoder(encoded, {"image": part}, index), whole.gather(1, index[..., None].expand(-1, -1, 48))
+    )
+    # With one block, whose windows are not shifted, a token is told by those of its window alone.
+    first, columns = make({"image": IMAGE}, {"depth": 1}), part.counts[1]
+    decoder, corner = first.objectives["reconstruct"].decoders["image"], torch.zeros(2, 1, dtype=torch.long)
+    plan = masking.everything({"image": part})
+    states = torch.zeros(2, 1 + part.count, 12, dtype=torch.float64)
+    blank = decoder(replace(encoded, sequence=states, plan=plan), {"image": part}, corner)
+    for changed in (0, 1, 2, columns, columns + 1, 2 * columns):
+        if changed < part.count:
+            other = states.clone()
+            other[:, 1 + changed] = torch.arange(12.0)
+            found = decoder(replace(encoded, sequence=other, plan=plan), {"image": part}, corner)
+            is_near = changed in (0, 1, columns, columns + 1)
+            assert ((found - blank).abs().max() > 1e-6) == is_near
+
+
+@pytest.mark.parametrize(
+    ("modalities", "objective", "sentence"),
+    [
+        (
+            {"image": IMAGE, "text": TEXT},
+            {},
+            "reads one modality, but the objective sees image, text and predicts image",
+        ),
+        (
+            {"text": TEXT},
+            {"targets": {"text": {"loss": "cross_entropy"}}},
+            "reads tokens on a grid of two axes, but those of text have 1; use `self_decoder`",
+        ),
+    ],
+)
+def test_what_the_decoder_cannot_read_is_refused(modalities, objective, sentence):
+    with pytest.raises(M3Error, match=sentence):
+        make(modalities, **objective)
+
+
+def test_tokens_that_do_not_say_their_grid_are_refused():
+    model = make({"image": IMAGE})
+    part = model.tokenise(Batch({"image": torch.zeros(1, 3, 12, 20, dtype=torch.uint8)}, torch.arange(1)))["image"]
+    part = replace(part, values=part.values.double(), counts=None)
+    encoded = model.encode_tokens({"image": part}, masking.everything({"image": part}))
+    with pytest.raises(M3Error, match="needs tokens that fill a grid, and the tokenizer of image doesn't say"):
+        model.objectives["reconstruct"].predict("image", encoded, {"image": part}, torch.zeros(1, 1, dtype=torch.long))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
 from m3.data.source import Sample, Source, Split
 from m3.data.world import WorldSource
+from m3.data.world.scene import SHAPES
 from m3.data.world.source import USUAL, Offer
 from m3.errors import M3Error, read_settings
 from m3.parts import type_name
@@ -56,7 +58,7 @@ class World(Source):
         height, width = _frame_size(modalities)
         length = (spec.samples or ENDLESS) if split == "train" else spec.held_out
         signals = tuple(dict.fromkeys(self.types.values()))
-        self.scenes = WorldSource(seed, split, length, height, width, signals=signals, offer=offer)
+        self.scenes = WorldSource(seed, split, length, height, width, signals=signals, offer=self._offer(offer))
 
     def __len__(self) -> int:
         return len(self.scenes)
@@ -68,6 +70,19 @@ class World(Source):
         for name in (name for name, kind in self.types.items() if kind == "points"):  # with as many colours as are read
             signals[name] = signals[name][:, : self.modalities[name].signal.channels]
         return Sample(signals, scene["id"], scene["labels"])
+
+    def _offer(self, offer: Offer) -> Offer:
+        """Return regions of the sizes that the modalities read."""
+        for name, part in self.modalities.items():
+            if self.types[name] == "regions":
+                size = part.signal.channels - 4
+                is_label = type_name(type(part).__name__) == "region_labels"
+                if is_label and size <= len(SHAPES):
+                    raise M3Error(
+                        f"modalities.{name}.classes: the world knows a background and {len(SHAPES)} shapes, got {size}."
+                    )
+                offer = replace(offer, classes=size) if is_label else replace(offer, features=size)
+        return offer
 
 
 def _frame_size(modalities: dict[str, Modality]) -> tuple[int, int]:

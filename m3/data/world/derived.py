@@ -5,14 +5,16 @@ Letters: H height, W width.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from m3.data.world.caption import SEEN_PIXELS
 from m3.data.world.render import Frame
 from m3.data.world.scene import SHAPES, Camera, Scene
 
-CELLS, SURE = 8, 0.8
-"""Places along a side of a region's box whose pixels are its feature, and probability of its true label."""
+SURE = 0.8
+"""Probability of a region's true label."""
 
 Box = tuple[str, float, float, float, float]
 """Label, x0, y0, x1, y1: edges as shares of the picture's width and height in [0, 1], from its top left corner."""
@@ -41,25 +43,30 @@ def camera_normals(camera: Camera, frame: Frame) -> np.ndarray:
     return frame.normals @ np.stack([right, up, -forward], 1)
 
 
-def regions(scene: Scene, frame: Frame) -> dict[str, np.ndarray]:
+def regions(scene: Scene, frame: Frame, width: int, classes: int) -> dict[str, np.ndarray]:
     """Return what a detector would say of the visible objects, the largest box first.
 
+    Args:
+        scene: the scene.
+        frame: as seen.
+        width: F, values of a feature.
+        classes: K, background first, then the shapes, then others that never occur.
+
     Returns:
-        `features` float32 (R, 3 * CELLS ** 2), the box's pixels in [0, 1] at CELLS x CELLS places, row by row; `boxes`
-        float32 (R, 4), x0, y0, x1, y1 as in `boxes`; `soft_labels` float32 (R, 1 + shapes), background first: SURE for
-        the true shape, the rest shared out evenly.
+        `features` float32 (R, F), the first F of the box's pixels in [0, 1], sampled on the smallest square grid that
+        has as many; `boxes` float32 (R, 4), x0, y0, x1, y1 as in `boxes`; `soft_labels` float32 (R, K): SURE for the
+        true shape, the rest shared out evenly.
     """
     found = boxes(scene, frame)
-    height, width = frame.instance.shape
-    steps = (np.arange(CELLS) + 0.5) / CELLS
-    features, labels = [], []
-    for label, x0, y0, x1, y1 in found:
-        rows = ((y0 + steps * (y1 - y0)) * height).astype(int)
-        columns = ((x0 + steps * (x1 - x0)) * width).astype(int)
-        features.append(frame.image[np.ix_(rows, columns)].astype(np.float32).ravel() / 255)
-        labels.append([SURE if shape == label else (1 - SURE) / len(SHAPES) for shape in ("background", *SHAPES)])
-    return {
-        "features": np.array(features, np.float32).reshape(len(found), 3 * CELLS**2),
-        "boxes": np.array([box[1:] for box in found], np.float32).reshape(len(found), 4),
-        "soft_labels": np.array(labels, np.float32).reshape(len(found), 1 + len(SHAPES)),
-    }
+    rows, columns = frame.instance.shape
+    cells = math.ceil(math.sqrt(width / 3))
+    steps = (np.arange(cells) + 0.5) / cells
+    features = np.empty((len(found), width), np.float32)
+    labels = np.full((len(found), classes), (1 - SURE) / (classes - 1), np.float32)
+    for number, (label, x0, y0, x1, y1) in enumerate(found):
+        row = ((y0 + steps * (y1 - y0)) * rows).astype(int)
+        column = ((x0 + steps * (x1 - x0)) * columns).astype(int)
+        features[number] = frame.image[np.ix_(row, column)].ravel()[:width] / np.float32(255)
+        labels[number, 1 + SHAPES.index(label)] = SURE
+    places = np.array([box[1:] for box in found], np.float32).reshape(len(found), 4)
+    return {"features": features, "boxes": places, "soft_labels": labels}

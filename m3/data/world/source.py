@@ -34,6 +34,8 @@ class Offer:
         sound_rate: samples per second.
         points: of a cloud.
         is_alone: leave of each scene only the object with the most pixels.
+        features: values of a region's feature.
+        classes: of a region's soft labels.
     """
 
     frames: int = 8
@@ -41,6 +43,8 @@ class Offer:
     sound_rate: int = 16000
     points: int = 1024
     is_alone: bool = False
+    features: int = 192
+    classes: int = 1 + len(SHAPES)
 
 
 USUAL = Offer()
@@ -139,7 +143,7 @@ class WorldSource:
             "points": lambda: sample_points(scene, self._random(index, POINTS), offer.points),
             "normals": lambda: camera_normals(scene.camera, frame),
             "boxes": lambda: boxes(scene, frame),
-            "regions": lambda: regions(scene, frame),
+            "regions": lambda: regions(scene, frame, offer.features, offer.classes),
         }
         return {name: make[name]() for name in self.signals}
 
