@@ -91,6 +91,13 @@ def weight_decay(step: int, spec: TrainSpec, steps: int) -> float:
     return half_cosine(step / steps, spec.weight_decay, spec.weight_decay_end)
 
 
+def set_rates(optimizer: torch.optim.Optimizer, step: int, spec: TrainSpec, plan: Plan) -> None:
+    """Give the optimizer the learning rate and weight decay of a step; groups without decay stay without."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, plan)
+        group["weight_decay"] = weight_decay(step, spec, plan.steps) if group["weight_decay"] else 0.0
+
+
 def momentum(step: int, spec: Momentum, steps: int) -> float:
     """Return the momentum of the averaged weights after a step, the first of which is 0."""
     progress = min(1.0, step / (spec.steps or steps))

@@ -5,6 +5,7 @@ accelerate launch -m m3.train RECIPE [a.b=c ...] [--resume]      the same code a
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -43,7 +44,7 @@ from m3.processes import concatenate, gather
 from m3.processor import M3Processor
 from m3.progress import Clock, Skipped, append, are_finite, cut, means, no_progress_bars, not_finite
 from m3.recipe import Recipe, dump_recipe
-from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, momentum, plan_run, weight_decay
+from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, momentum, plan_run, set_rates
 from m3.show import count_parameters
 from m3.types import Loss
 
@@ -144,9 +145,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             active = drawn(spec.mix, list(raw_model.objectives), recipe.seed, step)
             prepared = [raw_model.prepare(batch.to(device), active=active) for batch in micro_batches]
 
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, plan)
-                group["weight_decay"] = weight_decay(step, spec, plan.steps) if group["weight_decay"] else 0.0
+            set_rates(optimizer, step, spec, plan)
             names, sums, counts, watched = gradients(accelerator, raw_model, network, prepared)
             norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
             optimizer.step()
@@ -187,6 +186,9 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
         save_model(recipe, raw_model, average)
         rows = held_out.evaluate(plan.steps, run / "preview.png")
         held_out.conclude(rows, console)
+    del model, network  # gloo can hang for ever when DDP is freed after its process group (pytorch issue 190489)
+    accelerator.free_memory()
+    gc.collect()
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return rows

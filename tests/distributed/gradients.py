@@ -3,6 +3,7 @@
 python gradients.py RECIPE OUT MICRO_BATCH PROCESSES
 """
 
+import gc
 import sys
 from pathlib import Path
 
@@ -32,12 +33,15 @@ def main(name: str, out: str, micro: int, processes: int) -> None:
     samples = Samples(open_source(recipe, model, "train"), model.modalities, recipe.data, recipe.seed)
     order = Order(len(samples.source), recipe.seed, micro, GLOBAL // (micro * world), rank, world, start=3, stop=4)
     prepared = [model.prepare(batch) for batch in train_loader(samples, order, workers=0)]
-    _, sums, counts = gradients(accelerator, model, network, prepared)
+    _, sums, counts, _ = gradients(accelerator, model, network, prepared)
     sums = accelerator.reduce(sums, "sum")
     if accelerator.is_main_process:
         found = {name: p.grad.clone() for name, p in model.named_parameters()}
         save_file(found | {"loss": sums / counts, "counts": counts}, out)
     accelerator.wait_for_everyone()
+    del network  # as the trainer does: before its process group
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
 
 

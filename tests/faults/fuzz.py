@@ -42,6 +42,7 @@ MODALITIES = {
         ],
     },
     "vector": {"type": "vector", "size": 40},
+    "regions": {"type": "regions", "features": 5, "count": 8},
 }
 RANDOM = np.random.default_rng(11)
 COLOURS = (np.indices((24, 32)).sum(0)[..., None] * [3, 4, 5]).astype(np.uint8)
@@ -57,6 +58,12 @@ def picture(array: np.ndarray, kind: str) -> bytes:
 def npy(array: np.ndarray) -> bytes:
     file = io.BytesIO()
     np.save(file, array)
+    return file.getvalue()
+
+
+def npz(**arrays: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)  # type: ignore[arg-type]  # its keyword allow_pickle is no array
     return file.getvalue()
 
 
@@ -102,6 +109,7 @@ CLOUD = RANDOM.random((40, 3))
 DEEP = (np.indices((24, 32)).sum(0) * 100).astype(np.uint16)
 NORMALS = np.dstack([np.zeros((24, 32, 2)), np.ones((24, 32))]).astype(np.float32)
 BOXES = json.dumps([["cat", 0.1, 0.2, 0.3, 0.4], ["dog", 0, 0, 1, 1]]).encode()
+FOUND = np.concatenate([RANDOM.random((6, 5)), np.tile([0.1, 0.2, 0.3, 0.9], (6, 1))], axis=1).astype(np.float32)
 WHOLE: dict[str, dict[str, Callable[[], bytes]]] = {
     "image": {
         f".{k}": lambda k=k: picture(COLOURS, {"jpg": "JPEG", "tif": "TIFF"}.get(k, k))
@@ -131,6 +139,10 @@ WHOLE: dict[str, dict[str, Callable[[], bytes]]] = {
     },
     "metadata": {".json": lambda: b'{"age": 3.5, "kind": "dog", "else": null}'},
     "vector": {".npy": lambda: npy(CLOUD[:, 0].astype(np.float32))},
+    "regions": {
+        ".npz": lambda: npz(features=FOUND[:, :5], boxes=FOUND[:, 5:]),
+        ".npy": lambda: npy(FOUND),
+    },
 }
 
 

@@ -13,7 +13,10 @@ import pytest
 from m3.parts import available, find
 
 SCRIPT = Path(__file__).with_name("fuzz.py")
-NAMES = ("image", "depth", "semantic_map", "normals", "boxes", "text", "points", "audio", "video", "metadata", "vector")
+NAMES = (
+    "image", "depth", "semantic_map", "normals", "boxes", "text", "points", "audio", "video", "metadata", "vector",
+    "regions",
+)  # fmt: skip
 NEEDS = {"audio": ("soundfile", "torchaudio", "av"), "video": ("av",)}
 LEAST = {"text": 10}
 """Damaged files that must be refused: most changes of a sentence give another sentence."""

@@ -134,8 +134,14 @@ def test_resuming_without_a_checkpoint_says_so(tmp_path: Path, capsys) -> None:
 def test_weights_that_are_not_finite_are_never_saved_over_good_ones(tmp_path: Path, monkeypatch) -> None:
     """The rate of step 4 is NaN: its loss is still fine, its weights are not."""
     recipe = tiny(tmp_path / "run", steps=8, train={"save_every": 1, "log_every": 8, "keep": 2})
-    rate = trainer.learning_rate
-    monkeypatch.setattr(trainer, "learning_rate", lambda step, plan: float("nan") if step == 3 else rate(step, plan))
+    rates = trainer.set_rates
+
+    def broken(optimizer, step, *rest):
+        rates(optimizer, step, *rest)
+        if step == 3:
+            optimizer.param_groups[0]["lr"] = float("nan")
+
+    monkeypatch.setattr(trainer, "set_rates", broken)
     sentence = (
         r"step 4: the weights are not finite.* go on from the last good checkpoint, .*step-00000003, with --resume"
     )
@@ -144,7 +150,7 @@ def test_weights_that_are_not_finite_are_never_saved_over_good_ones(tmp_path: Pa
     assert steps_of(recipe.folder) == ["step-00000002", "step-00000003"]
     saved = load_file(checkpoint.folder_of(recipe.folder, 3) / "model.safetensors")
     assert all(bool(weight.isfinite().all()) for weight in saved.values())
-    monkeypatch.setattr(trainer, "learning_rate", rate)
+    monkeypatch.setattr(trainer, "set_rates", rates)
     train(recipe, resume=True)
     assert checkpoint.newest(recipe.folder) == checkpoint.folder_of(recipe.folder, 8)
 
@@ -154,8 +160,8 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint_says_to_start_again(tmp
     gradients = trainer.gradients
 
     def broken(*parts):
-        names, sums, counts = gradients(*parts)
-        return names, sums * torch.inf, counts
+        names, sums, *rest = gradients(*parts)
+        return names, sums * torch.inf, *rest
 
     monkeypatch.setattr(trainer, "gradients", broken)
     with pytest.raises(M3Error, match=r"step 1: the losses \{.*inf\} are not finite.* train.clip .*, then start again"):

@@ -199,7 +199,7 @@ def test_one_batch_of_eight_is_two_of_four_and_eight_of_one(tmp_path: Path) -> N
         order = Order(16, own.seed, micro, 8 // micro, stop=1, repeats=2)
         prepared = [model.prepare(samples.collate([samples[at] for at in batch])) for batch in order]
         assert len(prepared) == 8 // micro
-        _, sums, counts = gradients(Alone(), model, model, prepared)  # type: ignore[arg-type]
+        _, sums, counts, _ = gradients(Alone(), model, model, prepared)  # type: ignore[arg-type]
         found[micro] = (sums, counts, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
     for micro in (4, 1):
         torch.testing.assert_close(found[micro][0], found[8][0], rtol=1e-4, atol=1e-4)
