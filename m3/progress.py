@@ -66,6 +66,13 @@ class Clock:
         """Take the time from `since` (of `perf_counter`) until now out of the measure: saving, evaluating."""
         self.since += time.perf_counter() - since
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
     def line(self, step: int, values: dict[str, float], lr: float, norm: float, skipped: int) -> dict[str, Any]:
         """Make one line of metrics for the steps since the last one; the first step of a run has no speed.
 

@@ -90,8 +90,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
         # A step of one drawn objective leaves the heads of the others without gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(spec.mix))],
     )
-    is_shown = is_shown and accelerator.is_main_process
-    console = Console(quiet=not is_shown)
+    console = Console(quiet=not (is_shown and accelerator.is_main_process))
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
     if device.type == "cpu":  # `accelerate launch` leaves one thread to each process
         keep_freed_memory()
@@ -136,12 +135,11 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
 
     # ---------------------------------------------------------------------------------------- train loop
     network.train()
-    with tqdm(total=plan.steps, initial=start, desc=recipe.name, unit="step", disable=not is_shown) as bar:
+    with tqdm(total=plan.steps, initial=start, desc=recipe.name, unit="step", disable=console.quiet) as bar:
         for step in range(start, plan.steps):
             # The batches of the step first: the loss is divided by the counts of all of them, on all ranks.
-            waited = time.perf_counter()
-            micro_batches = [skipped.count(next(batches)) for _ in range(plan.accumulation)]
-            clock.waited += time.perf_counter() - waited
+            with clock.waiting():
+                micro_batches = [skipped.count(next(batches)) for _ in range(plan.accumulation)]
             active = drawn(spec.mix, list(raw_model.objectives), recipe.seed, step)
             prepared = [raw_model.prepare(batch.to(device), active=active) for batch in micro_batches]
 

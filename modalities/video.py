@@ -106,7 +106,7 @@ class Video(Image):
         mean, std = super()._statistics(device)
         return mean.unsqueeze(-1), std.unsqueeze(-1)
 
-    def _pixels(self, signal: Tensor) -> Tensor:
+    def _shares(self, signal: Tensor) -> Tensor:
         mean, std = super()._statistics(signal.device) if signal.ndim == 4 else self._statistics(signal.device)
         return (signal.float() * std + mean).clamp(0, 1)
 

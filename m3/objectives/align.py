@@ -58,6 +58,10 @@ class Align(Objective):
             raise M3Error(
                 f"layers: {spec.layers} are to be aligned, but the student has {tower.depth} blocks; lower it."
             )
+        if tower.final_norm:
+            raise M3Error(
+                "only states of blocks are aligned, so the last norm would learn nothing; set final_norm: false."
+            )
         with within("teacher"):
             self.channels = spec.teacher.channels(tokenizers[spec.of])
         masking = json.dumps(spec.masking, sort_keys=True)

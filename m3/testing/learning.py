@@ -27,7 +27,10 @@ STEPS = 3
 
 
 def check_objective(
-    objective: dict[str, Any], modalities: dict[str, dict[str, Any]], samples: dict[str, Sequence[Any]]
+    objective: dict[str, Any],
+    modalities: dict[str, dict[str, Any]],
+    samples: dict[str, Sequence[Any]],
+    backbone: dict[str, Any] | None = None,
 ) -> None:
     """Check an objective in a small model.
 
@@ -35,13 +38,14 @@ def check_objective(
         objective: its settings, as in a recipe.
         modalities: name -> settings with tokenizer, as in a recipe; at least one that the objective reads.
         samples: modality -> at least two samples, as `Modality.to_raw` takes them.
+        backbone: settings that the objective needs the transformer to have.
 
     Raises:
         AssertionError: a contract is not kept; the sentence names it and the remedy.
     """
     where = f"objective `{name_of(objective)}`"
     batch = batch_of(build_modalities(modalities), samples)
-    model = check_learning(modalities, {"own": objective}, batch, where)
+    model = check_learning(modalities, {"own": objective}, batch, where, backbone)
     part = model._objectives()["own"]
     claim(
         isinstance(part.views, tuple),
@@ -68,10 +72,14 @@ def check_objective(
 
 
 def check_learning(
-    modalities: dict[str, dict[str, Any]], objectives: dict[str, dict[str, Any]], batch: Batch, where: str
+    modalities: dict[str, dict[str, Any]],
+    objectives: dict[str, dict[str, Any]],
+    batch: Batch,
+    where: str,
+    backbone: dict[str, Any] | None = None,
 ) -> M3Model:
     """Check a model of these parts on a batch: gradients, absence, single samples, training, saving."""
-    config = M3Config(modalities=modalities, backbone=BACKBONE, objectives=objectives)
+    config = M3Config(modalities=modalities, backbone=BACKBONE | (backbone or {}), objectives=objectives)
     model = seeded(lambda: M3Model(config))
     lacking = without_gradient(model, _loss(model, batch))
     claim(

@@ -148,8 +148,7 @@ def test_normalised_targets_keep_the_contract(settings: dict[str, Any]) -> None:
     check_target({"type": "values", **settings})
 
 
-# `translate` reads ids and nothing else: tests/unit/test_translate.py holds it to the same.
-@pytest.mark.parametrize("kind", sorted(set(available("objectives")) - {"translate"}))
+@pytest.mark.parametrize("kind", available("objectives"))
 def test_objectives_keep_their_contract(kind: str) -> None:
     settings: dict[str, Any] = {"type": kind}
     names = ("image", "depth")
@@ -163,5 +162,15 @@ def test_objectives_keep_their_contract(kind: str) -> None:
     elif kind == "autoencode":
         settings |= {"of": "image"}
         names = ("image",)
-    modalities = {name: {**modality_settings(name), "tokenizer": {"type": "patch", "size": 8}} for name in names}
-    check_objective(settings, modalities, {name: samples_of(name) for name in names})
+    elif kind == "latent":
+        settings |= {"decoder": {"type": "cross_decoder", "width": 48, "depth": 1, "heads": 2}, "class_weight": 0.1}
+    elif kind == "align":
+        settings |= {"of": "image", "teacher": {"model": "timm:vit_tiny_patch16_224", "size": 64}, "layers": 1}
+        names = ("image",)
+    elif kind == "translate":
+        settings |= {"masking": {"type": "fixed", "visible": 0.5}}
+        names = ("semantic_map",)
+    tokenizer = {"type": "embedding"} if kind == "translate" else {"type": "patch", "size": 8}
+    modalities = {name: {**modality_settings(name), "tokenizer": tokenizer} for name in names}
+    backbone = {"final_norm": False} if kind == "align" else None
+    check_objective(settings, modalities, {name: samples_of(name) for name in names}, backbone)

@@ -96,6 +96,7 @@ def test_settings_that_do_not_fit_are_refused() -> None:
         target(patch(), normalise=True, eps=(1e-6, 1e-6))
     with pytest.raises(M3Error, match=r"^target.step: a token spans steps 0 to 1, got 2; choose one.$"):
         target(tube(), step=2)
-    points = type("Points", (), {"signal": Signal("values", 3, (9,), channel_axis=-1), "output_width": 6})()
+    signal = Signal("values", 3, (9,), channel_axis=-1)
+    points = type("Points", (), {"signal": signal, "output_width": 6, "value_width": 6})()
     with pytest.raises(M3Error, match=r"^target.normalise: channel and target.step need values .channel"):
         target(points, normalise="channel")
