@@ -75,6 +75,8 @@ class BackboneSpec(Strict):
         mlp_ratio: hidden width of the MLP over D.
         class_tokens: learned tokens in front that every modality can write to (MAE's class token,
             MultiMAE's global token).
+        class_positions: learned positions of the class tokens beside these themselves, as in published weights (ViT,
+            CLIP); a token and its position are only ever added up.
         final_norm: LayerNorm after the last block (MAE: yes, MultiMAE: no).
         input_norm: LayerNorm of the embedded tokens, class tokens included, before the first block (BERT; CLIP's
             `ln_pre` of images).
@@ -100,6 +102,7 @@ class BackboneSpec(Strict):
     heads: PositiveInt = 12
     mlp_ratio: PositiveFloat = 4.0
     class_tokens: NonNegativeInt = 1
+    class_positions: bool = False
     final_norm: bool = True
     input_norm: bool = False
     causal: bool = False
@@ -276,6 +279,8 @@ class Backbone(nn.Module):
         self.head_width = spec.width // spec.heads
         # No batch axis: with two axes the tokens get weight decay, as MAE's (1, 1, D) class token does.
         self.prefix = nn.Parameter(torch.empty(spec.class_tokens, spec.width)) if spec.class_tokens else None
+        has_places = self.prefix is not None and spec.class_positions
+        self.prefix_positions = nn.Parameter(torch.empty(spec.class_tokens, spec.width)) if has_places else None
         self.input_norm = nn.LayerNorm(spec.width, eps=spec.norm_eps, bias=spec.bias) if spec.input_norm else None
         self.blocks = nn.ModuleList(
             [Block(spec.width, spec.heads, spec.mlp_ratio, spec.norm_eps, spec.style) for _ in range(spec.depth)]
@@ -305,7 +310,8 @@ class Backbone(nn.Module):
         is_valid = plan.is_valid
         count = self.spec.class_tokens
         if self.prefix is not None:
-            x = torch.cat([self.prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+            prefix = self.prefix if self.prefix_positions is None else self.prefix + self.prefix_positions
+            x = torch.cat([prefix.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
             if is_valid is not None:
                 is_valid = torch.cat([is_valid.new_ones(len(x), count), is_valid], dim=1)
         if self.input_norm is not None:

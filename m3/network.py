@@ -92,8 +92,8 @@ class Network(Encoder):
 
     def __init__(self, config: M3Config) -> None:
         super().__init__(config)
-        if not config.modalities or not config.objectives:
-            raise M3Error("the config names no modalities or no objectives; build it from a recipe.")
+        if not config.modalities:
+            raise M3Error("the config names no modalities; build it from a recipe.")
         spec = read_settings(BackboneSpec, config.backbone or {}, "backbone")
         self.modalities = build_modalities(config.modalities)
         towers = {
@@ -107,7 +107,7 @@ class Network(Encoder):
         check_readers(self.reader_of, tokenizers, self.modalities, self.tower_of)
         self.positions = nn.ModuleDict()
         objectives = {}
-        for name, entry in config.objectives.items():
+        for name, entry in (config.objectives or {}).items():
             part, settings = build_spec("objectives", entry, f"objectives.{name}")
             with within(f"objectives.{name}"):
                 objectives[name] = part(settings, tokenizers, spec)
@@ -143,6 +143,8 @@ class Network(Encoder):
         self.towers = nn.ModuleDict()
         self.backbone = None  # objectives without views bring their own network
         seen = dict.fromkeys(name for view in self.views for name in view.modalities)
+        if not self.config.objectives:  # a model that only encodes
+            seen = dict.fromkeys(self.modalities)
         hidden = {name for view, mask in self.views.items() for name in view.modalities if mask.hides(name)}
         self.inputs = tuple(name for name in self.modalities if name in seen)
         for name in self.inputs:
@@ -261,6 +263,10 @@ class Network(Encoder):
             pools: coupled objective -> the rows of all samples of the step; None: the batch is all of the step.
             is_only_rows: return the coupled objectives' rows of this batch instead of losses.
         """
+        if not len(self.objectives):
+            raise M3Error(
+                "the model has no objectives, so there is no loss; call `encode`, or start a recipe with `init:`."
+            )
         prepared = self.prepare(batch) if isinstance(batch, Batch) else batch
         tokens, objectives = prepared.tokens, self._active(prepared.active)
         if is_only_rows:

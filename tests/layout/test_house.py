@@ -66,7 +66,10 @@ ORDER = (
         "monitors",
     },
     {"model"},
-    {"processor", "evaluate", "tokenizer_model", "initialise"},
+    {"processor", "evaluate", "tokenizer_model"},
+    {"foreign"},
+    {"formats"},
+    {"convert", "initialise"},
     {"show", "inputs"},
     {"train", "held_out", "reconstruct", "embed", "tokenize_data"},
     {

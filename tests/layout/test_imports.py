@@ -10,7 +10,16 @@ ROOT = Path(__file__).parents[2]
 LINKS = {"tokenizers", "modalities", "recipes"}
 COMPOSING = {"model", "processor", "train", "check", "bench", "summary", "show", "reconstruct", "cli", "doctor"}
 COMPOSING |= {"table", "inputs", "embed", "tokenizer_model", "data.commands", "testing.modality"}
-COMPOSING |= {"held_out", "initialise", "bench_data", "tokenize_data", "testing.learning", "auto", "__init__"}
+COMPOSING |= {
+    "held_out",
+    "initialise",
+    "convert",
+    "bench_data",
+    "tokenize_data",
+    "testing.learning",
+    "auto",
+    "__init__",
+}
 
 
 def python_files() -> dict[str, Path]:

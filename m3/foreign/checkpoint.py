@@ -1,0 +1,201 @@
+"""A checkpoint of another library: its tensors by name, read when asked for, and its settings. Nothing in it is run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from m3.errors import M3Error
+
+WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "base_model", "net", "target_encoder")
+"""Entries of a training checkpoint that hold the tensors: the model's, not the optimizer's."""
+
+PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What wrappers put before every name: DataParallel, torch.compile, Lightning."""
+
+HARMLESS = [argparse.Namespace, np.dtype, *(getattr(np.dtypes, f"{n}DType") for n in ("Float32", "Float64", "Int64"))]
+"""Classes beside tensors that training checkpoints hold and that only hold data."""
+
+NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
+"""What the weights in a folder are called, best first."""
+
+
+class Lazy(Mapping[str, Tensor]):
+    """Tensors of safetensors files, each read when it is asked for."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self._stack, self._files = ExitStack(), {}
+        for file in files:
+            opened = self._stack.enter_context(safe_open(file, "pt"))
+            self._files |= dict.fromkeys(opened.keys(), opened)
+            self.metadata = opened.metadata() or {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Read a tensor."""
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names."""
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        """Count the tensors."""
+        return len(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor that need not be read for it."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What was found.
+
+    Attributes:
+        where: file or folder, for messages.
+        tensors: name -> tensor.
+        shapes: name -> its shape.
+        settings: of the library's own config file or of the file's metadata; empty where there are none.
+    """
+
+    where: str
+    tensors: Mapping[str, Tensor]
+    shapes: dict[str, tuple[int, ...]]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def renamed(self, *rules: tuple[str, str]) -> Foreign:
+        """Return the same with every name changed by regular expressions, one after the other."""
+        new = {}
+        for name in self.shapes:
+            own = name
+            for pattern, replacement in rules:
+                own = re.sub(pattern, replacement, own)
+            new[own] = name
+        return Foreign(
+            self.where, _Renamed(self.tensors, new), {n: self.shapes[old] for n, old in new.items()}, self.settings
+        )
+
+    def without_prefix(self, prefix: str) -> Foreign:
+        """Return the tensors whose names begin so, without the beginning."""
+        new = {name.removeprefix(prefix): name for name in self.shapes if name.startswith(prefix)}
+        return Foreign(
+            self.where, _Renamed(self.tensors, new), {n: self.shapes[old] for n, old in new.items()}, self.settings
+        )
+
+    def count(self, pattern: str) -> int:
+        """Return how many different things stand at the first group of a regular expression: the number of blocks."""
+        found = (re.match(pattern, name) for name in self.shapes)
+        return len({match[1] for match in found if match})
+
+
+class _Renamed(Mapping[str, Tensor]):
+    def __init__(self, tensors: Mapping[str, Tensor], names: dict[str, str]) -> None:
+        self._tensors, self._names = tensors, names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def read_foreign(path: str | Path) -> Foreign:
+    """Open a checkpoint: a .safetensors, .pth, .pt or .bin file, or a folder with one and a `config.json`.
+
+    Raises:
+        M3Error: there is no such file, it is damaged, it is no checkpoint, or reading it would run code.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise M3Error(f"{path} is not there; give a file (.safetensors, .pth, .bin) or a folder that holds one.")
+    settings = {}
+    file = path
+    if path.is_dir():
+        file = next((path / name for name in NAMES if (path / name).exists()), None)
+        found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+        file = file or (found[0] if len(found) == 1 else None)
+        if file is None:
+            raise M3Error(f"{path} holds {len(found)} files of weights; give one of them, or a folder with {NAMES[1]}.")
+        settings = _settings(path)
+    if file.suffix == ".json":
+        names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        return _safetensors(str(path), [path / name for name in names], settings)
+    with open(file, "rb") as opened:
+        begin = opened.read(9)
+    if file.suffix == ".safetensors" or begin[8:9] == b"{":
+        return _safetensors(str(path), [file], settings)
+    return _pickled(str(path), file, settings)
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """Read the library's own description, with that of the preprocessor under its own name."""
+    settings = {}
+    for name in ("config.json", "open_clip_config.json"):
+        if (folder / name).exists():
+            settings = json.loads((folder / name).read_text())
+    if (folder / "preprocessor_config.json").exists():
+        settings["preprocessor"] = json.loads((folder / "preprocessor_config.json").read_text())
+    return settings
+
+
+def _safetensors(where: str, files: list[Path], settings: dict[str, Any]) -> Foreign:
+    try:
+        tensors = Lazy(files)
+    except (SafetensorError, OSError) as error:
+        raise M3Error(
+            f"{where} can't be read as safetensors ({error}); it is damaged or cut: fetch it again."
+        ) from error
+    return Foreign(where, tensors, {name: tensors.shape(name) for name in tensors}, settings or dict(tensors.metadata))
+
+
+def _pickled(where: str, file: Path, settings: dict[str, Any]) -> Foreign:
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        text = str(error)
+        name = re.search(
+            r"(?:GLOBAL|class|function) `?([\w.]+)`? (?:was not|is not)|Unsupported global: GLOBAL (\S+)", text
+        )
+        if "Weights only load failed" in text and name:
+            raise M3Error(
+                f"{where} holds the Python object {name[1] or name[2]}, and reading it could run code; only tensors, "
+                f"numbers and text are read. Save its `state_dict()` where you trust it, and give that."
+            ) from error
+        raise M3Error(
+            f"{where} is no checkpoint that PyTorch can read, or it is damaged; give another file."
+        ) from error
+    tensors = _tensors_of(found)
+    if not tensors:
+        raise M3Error(f"{where} holds no tensors under names; give a `state_dict` or a training checkpoint with one.")
+    return Foreign(where, tensors, {name: tuple(x.shape) for name, x in tensors.items()}, settings)
+
+
+def _tensors_of(found: Any) -> dict[str, Tensor]:
+    """Find the model's tensors in what a file holds, and take wrappers' prefixes off."""
+    if not isinstance(found, Mapping):
+        return {}
+    for name in WRAPPERS:
+        if isinstance(found.get(name), Mapping):
+            return _tensors_of(found[name])
+    tensors = {str(name): x for name, x in found.items() if isinstance(x, Tensor)}
+    for prefix in PREFIXES:
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
+    return tensors

@@ -1,0 +1,89 @@
+"""What a published format says of itself: how to know it, what model it holds, and the table of its tensors."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from m3.config import M3Config
+from m3.errors import M3Error
+from m3.foreign.checkpoint import Foreign
+from m3.foreign.rows import Left, Row
+
+HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+"""Attention heads of published transformers by their width; no tensor tells."""
+
+
+class Format(ABC):
+    """One layout of names and shapes.
+
+    Attributes:
+        title: what people call it.
+        left: names that are not needed, with the reason.
+    """
+
+    title: ClassVar[str]
+    left: ClassVar[tuple[Left, ...]] = ()
+
+    def tidy(self, foreign: Foreign) -> Foreign:
+        """Bring the variants of the format to one: older names, prefixes."""
+        return foreign
+
+    @abstractmethod
+    def fits(self, foreign: Foreign) -> bool:
+        """Return True where the (tidied) names are those of this format."""
+
+    @abstractmethod
+    def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
+        """Return the sections of our config for the model; `given` are the user's settings, for what nothing tells."""
+
+    @abstractmethod
+    def rows(self, config: M3Config) -> list[Row]:
+        """Return the table for a model of this config, from the config alone.
+
+        Raises:
+            M3Error: the format can't hold such a model.
+        """
+
+    def settings(self, config: M3Config) -> dict[str, Any]:
+        """Return what the library wants to read in `config.json` beside the tensors; empty: it reads none."""
+        return {}
+
+    def notes(self, foreign: Foreign, config: M3Config) -> list[str]:
+        """Return sentences on what was chosen because nothing in the file tells."""
+        return []
+
+
+def heads_of(width: int, given: Any, key: str) -> int:
+    """Return the number of heads that the user gave, or the usual one for a width.
+
+    Raises:
+        M3Error: the width is unusual and nothing was given.
+    """
+    if given is not None:
+        return int(given)
+    if width not in HEADS:
+        raise M3Error(f"no tensor tells the number of heads, and width {width} is not a usual one; give {key}=N.")
+    return HEADS[width]
+
+
+def square(count: int, what: str) -> int:
+    """Return the side of a square grid of `count` tokens.
+
+    Raises:
+        M3Error: it is no square.
+    """
+    side = math.isqrt(count)
+    if side * side != count:
+        raise M3Error(f"{what}: {count} positions are no square grid; this layout has square pictures only.")
+    return side
+
+
+def get(settings: dict[str, Any], path: str, default: Any = None) -> Any:
+    """Read `a.b.c` of nested settings."""
+    for key in path.split("."):
+        if not isinstance(settings, dict) or settings.get(key) is None:
+            return default
+        settings = settings[key]
+    return settings

@@ -1,0 +1,153 @@
+"""A plain ViT in timm's names: timm itself, MAE's encoder, DeiT, DINOv2 with registers, and what follows them.
+
+    cls_token, reg_token, pos_embed, patch_embed.proj, norm_pre, blocks.N.(norm1, attn.qkv, attn.proj, ls1.gamma, norm2,
+    mlp.fc1, mlp.fc2, ls2.gamma), norm
+
+Letters: D width, R prefix tokens (class and registers), N patches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3.config import M3Config
+from m3.errors import M3Error
+from m3.foreign import vision
+from m3.foreign.checkpoint import Foreign
+from m3.foreign.format import Format, get, heads_of, square
+from m3.foreign.rows import Left, Row, computed, same, shaped
+
+
+class Vit(Format):
+    """timm's VisionTransformer."""
+
+    title = "ViT in timm's names (timm, MAE's encoder)"
+    left = (
+        Left(r"(head|fc_norm)\..*", "a classifier of the task it was tuned for"),
+        Left(r"mask_token", "a mask token of its pretraining, which the encoder does not use"),
+    )
+
+    def fits(self, foreign: Foreign) -> bool:
+        """Know it by the names of the first block, and that nothing is there beside the encoder."""
+        needed = {"pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
+        strangers = ("decoder", "encoder", "attn_pool", "visual", "text")
+        return needed <= foreign.shapes.keys() and not any(name.startswith(strangers) for name in foreign.shapes)
+
+    def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
+        """Read the sizes off the shapes; mean, deviation and eps are timm's defaults where no config says more."""
+        image, backbone = encoder_of(foreign, given)
+        return {"modalities": {"image": image}, "backbone": backbone, "objectives": {}}
+
+    def rows(self, config: M3Config) -> list[Row]:
+        """Return the rows of the encoder."""
+        if config.objectives or config.towers or list(config.modalities or {}) != ["image"]:
+            raise M3Error("a ViT is one encoder of images without objectives; choose a format that holds more.")
+        return encoder_rows(config)
+
+    def notes(self, foreign: Foreign, config: M3Config) -> list[str]:
+        """Say what no tensor tells."""
+        backbone: Any = config.backbone
+        said = f"backbone.heads={backbone['heads']} and backbone.norm_eps={backbone['norm_eps']:g} are the usual ones"
+        return [said + "; change them if the model was made otherwise."]
+
+
+def encoder_of(foreign: Foreign, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return our settings of the modality `image` and of the backbone.
+
+    Raises:
+        M3Error: the grid is no square, or a part is not one that a plain ViT has.
+    """
+    shapes = foreign.shapes
+    width, channels, height, across = shapes["patch_embed.proj.weight"]
+    prefix = sum(shapes[name][1] for name in ("cls_token", "reg_token") if name in shapes)
+    length = shapes["pos_embed"][1]
+    own = prefix if length != square_or_none(length) else 0  # `no_embed_class`: prefix tokens have no position
+    side = square(length - own, "pos_embed")
+    hidden = shapes["blocks.0.mlp.fc1.weight"][0]
+    if shapes["blocks.0.mlp.fc2.weight"][1] != hidden:
+        raise M3Error("the MLP is a gated one, whose halves this layout packs into one matrix; it can't be read.")
+    backbone = {
+        "width": width,
+        "depth": foreign.count(r"blocks\.(\d+)\."),
+        "heads": heads_of(width, get(given, "backbone.heads"), "backbone.heads"),
+        "mlp_ratio": hidden / width,
+        "class_tokens": prefix,
+        "final_norm": "norm.weight" in shapes,
+        "input_norm": "norm_pre.weight" in shapes,
+        "norm_eps": get(given, "backbone.norm_eps", 1e-6),
+        "qk_norm": "blocks.0.attn.q_norm.weight" in shapes,
+    }
+    if "blocks.0.ls1.gamma" in shapes:
+        backbone["layer_scale"] = vision.NO_SCALE
+    patch = height if height == across else (height, across)
+    image: dict[str, Any] = {"type": "image", "size": (side * height, side * across), "channels": channels}
+    image |= {name: tuple(get(foreign.settings, f"pretrained_cfg.{name}")) for name in ("mean", "std")
+              if get(foreign.settings, f"pretrained_cfg.{name}")}  # fmt: skip
+    image["tokenizer"] = {"type": "patch", "size": patch}
+    if not is_fixed(foreign.tensors["pos_embed"], (side, side), own):
+        image["positions"] = {"type": "learned"}
+        backbone["class_positions"] = bool(own)
+    return image, backbone
+
+
+def encoder_rows(config: M3Config, theirs: str = "") -> list[Row]:
+    """Return the rows of an encoder of images; `theirs` stands before every name of theirs."""
+    image, backbone = (config.modalities or {})["image"], config.backbone or {}
+    width, depth, prefix = backbone["width"], backbone["depth"], backbone["class_tokens"]
+    patch, size = pair(image["tokenizer"]["size"]), pair(image["size"])
+    tokens = (size[0] // patch[0], size[1] // patch[1])
+    block, own = theirs + "blocks.{}", "backbone.blocks.{}"
+    kernel = (image.get("channels", 3), *patch)
+    has_bias = not backbone.get("input_norm")  # timm leaves it to the norm before the first block
+    rows = vision.patches(f"{theirs}patch_embed.proj", "tokenizers.image.projection", width, kernel, has_bias)
+    if image.get("positions", {}).get("type", "sincos") == "learned":
+        place = "backbone.prefix_positions" if backbone.get("class_positions") else None
+        rows.append(vision.learned(f"{theirs}pos_embed", "positions.image.table", tokens, place))
+    else:
+        rows.append(computed(f"{theirs}pos_embed", vision.table_of(backbone, "image", tokens, width, prefix)))
+    if prefix == 1:
+        rows.append(shaped(f"{theirs}cls_token", "backbone.prefix", (1, 1, width), (1, width)))
+    elif prefix:
+        rows.append(_class_and_registers(theirs, prefix))
+    rows += vision.blocks(block, own, depth, vision.TIMM) + vision.fused(f"{block}.attn.qkv", own, depth)
+    if backbone.get("layer_scale"):
+        rows += vision.scales((f"{block}.ls1.gamma", f"{block}.ls2.gamma"), own, depth)
+    if backbone.get("qk_norm"):
+        names = {"attn.q_norm": "attention.q_norm", "attn.k_norm": "attention.k_norm"}
+        rows += vision.blocks(block, own, depth, names)
+    if backbone.get("input_norm"):
+        rows += same(f"{theirs}norm_pre", "backbone.input_norm")
+    if backbone.get("final_norm", True):
+        rows += same(f"{theirs}norm", "backbone.norm")
+    return rows
+
+
+def is_fixed(table: Tensor, tokens: tuple[int, int], prefix: int) -> bool:
+    """Return True where a table (1, R + N, D) is MAE's fixed one."""
+    width = table.shape[-1]
+    if width % 4:
+        return False
+    return torch.allclose(table.float(), vision.table_of({}, "image", tokens, width, prefix), rtol=0, atol=1e-6)
+
+
+def square_or_none(count: int) -> int | None:
+    """Return the count if it is a square number."""
+    return count if round(count**0.5) ** 2 == count else None
+
+
+def pair(size: Any) -> tuple[int, int]:
+    """Read one number as a square."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def _class_and_registers(theirs: str, count: int) -> Row:
+    def read(x: list[Tensor]) -> list[Tensor]:
+        return [torch.cat(x, dim=1)[0]]
+
+    def write(x: list[Tensor]) -> list[Tensor]:
+        return [x[0][:1].unsqueeze(0), x[0][1:].unsqueeze(0)]
+
+    return Row((f"{theirs}cls_token", f"{theirs}reg_token"), ("backbone.prefix",), read, write)
