@@ -70,6 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("inputs", nargs="+", metavar="INPUT", help='modality=file, or e.g. text="a red cube"')
     command.add_argument("--out", default=None, help="NPZ file for the vectors, one array for each side")
     command.add_argument("--objective", default=None, help="name of the contrastive objective (default: the first)")
+    text = "read the weights of another library, or write ours in its format"
+    command = add("convert", _convert, text, recipe=False)
+    command.add_argument("source", help="checkpoint file or folder; with --to: folder of our model or of its run")
+    command.add_argument("out", help="folder for our model; with --to: folder, .safetensors or .pth file")
+    command.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="changes to the config, modalities.image.size=384"
+    )
+    command.add_argument("--format", default=None, help="of the source (default: found from its names)")
+    command.add_argument("--to", default=None, metavar="FORMAT", help="write our model in this format")
     data_commands.add_arguments(commands)
     command = add("tokenize", _tokenize, "turn a data source into shards of code numbers", recipe=False)
     command.add_argument("tokenizer", help="model folder of a run with an `autoencode` objective")
@@ -144,6 +153,18 @@ def _embed(options: argparse.Namespace) -> None:
     from m3.embed import embed_files
 
     embed_files(options.model, options.inputs, Path(options.out) if options.out else None, options.objective)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from m3 import convert
+    from m3.inputs import open_model
+
+    if options.to is None:
+        convert.print_conversion(options.source, options.out, options.overrides, options.format)
+        return
+    if options.overrides or options.format:
+        raise M3Error("--to writes a model as it is; leave out --format and the overrides.")
+    print(f"written to {convert.save(open_model(options.source)[0], options.out, options.to)}")
 
 
 def _share(text: str) -> float:

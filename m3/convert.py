@@ -10,23 +10,31 @@ The format is found from the names of the tensors, its table is read, and what d
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import pkgutil
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from safetensors.torch import save_file
 
 from m3 import formats
 from m3.config import M3Config
 from m3.errors import M3Error, nearest, within
+from m3.foreign.adapt import adapt, keep_coordinates
 from m3.foreign.checkpoint import Foreign, read_foreign
 from m3.foreign.format import Format
 from m3.foreign.rows import Row, read_rows, write_rows
 from m3.model import M3Model
 from m3.parts import class_name
+from m3.processor import M3Processor
+from m3.progress import no_progress_bars
 from m3.recipe import with_overrides
 
 
@@ -39,6 +47,7 @@ class Conversion:
         format: name of the format.
         title: what people call it.
         rows: the table that was read.
+        shapes: our name -> the shape that was read, before the overrides changed it.
         left: their name -> why it was left out.
         notes: sentences on what was chosen or changed.
     """
@@ -47,6 +56,7 @@ class Conversion:
     format: str
     title: str
     rows: list[Row]
+    shapes: dict[str, torch.Size]
     left: dict[str, str]
     notes: list[str]
 
@@ -70,14 +80,28 @@ def convert(path: str | Path, overrides: Sequence[str] = (), format: str | None 
     given = with_overrides({}, tuple(overrides))
     name, form, foreign = _recognised(read_foreign(path), format)
     with within(f"{path} ({form.title})"):
-        config = M3Config(**with_overrides(form.config(foreign, given), tuple(overrides)))
-    with torch.device("meta"):
-        model = M3Model(config)
+        sections = form.config(foreign, given)
+        config = M3Config(**sections)
+        rows = form.rows(config)
+        notes = form.notes(foreign, config)
+    model = _empty(config)
     shapes = {key: x.shape for key, x in model.state_dict().items()}
-    rows = form.rows(config)
+    read = shapes
     tensors, left = read_rows(rows, foreign.tensors, list(form.left), shapes, str(path))
+    wanted = with_overrides(sections, tuple(overrides))
+    if wanted != sections:
+        notes += keep_coordinates(sections["modalities"], wanted["modalities"])
+        model = _empty(M3Config(**wanted))
+        shapes = {key: x.shape for key, x in model.state_dict().items()}
+        notes += adapt(tensors, sections["modalities"], wanted["modalities"], shapes)
+        unwanted = dict.fromkeys(".".join(key.split(".")[:2]) for key in tensors if key not in shapes)
+        notes += [f"{part} is left out, as the overrides say" for part in unwanted]
+        tensors = {key: x for key, x in tensors.items() if key in shapes}
+        absent = [key for key in shapes if key not in tensors]
+        if absent:
+            raise M3Error(f"{path} has nothing for `{absent[0]}`, which the overrides ask for; leave them out.")
     model.load_state_dict(tensors, assign=True)
-    return Conversion(model.eval(), name, form.title, rows, left, form.notes(foreign, config))
+    return Conversion(model.eval(), name, form.title, rows, read, left, notes)
 
 
 def save(model: M3Model, out: str | Path, format: str) -> Path:
@@ -110,6 +134,29 @@ def save(model: M3Model, out: str | Path, format: str) -> Path:
     return file
 
 
+def print_conversion(path: str, out: str, overrides: Sequence[str], format: str | None) -> None:
+    """Read a published checkpoint, write our model, and say what was found, table by table."""
+    console = Console()
+    found = convert(path, overrides, format)
+    console.print(f"{path} is {found.title}", highlight=False, soft_wrap=True)
+    console.print(_table(found))
+    for name, reason in _grouped(found.left).items():
+        console.print(f"[yellow]left out[/] {name}: {reason}", highlight=False, soft_wrap=True)
+    for note in found.notes:
+        console.print(f"[yellow]note[/] {note}", highlight=False, soft_wrap=True)
+    with no_progress_bars():
+        found.model.save_pretrained(out)
+    M3Processor(found.model.config.modalities).save_pretrained(out)
+    count = sum(p.numel() for p in found.model.parameters())
+    console.print(f"{count / 1e6:.1f} M parameters are in {out}. Load it:", highlight=False, soft_wrap=True)
+    console.print(
+        f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{out}")\n'
+        f'  processor = M3Processor.from_pretrained("{out}")',
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def names() -> list[str]:
     """Return the names of the formats."""
     return sorted(info.name for info in pkgutil.iter_modules(formats.__path__))
@@ -131,3 +178,40 @@ def _recognised(foreign: Foreign, wanted: str | None) -> tuple[str, Format, Fore
     first = ", ".join(list(foreign.shapes)[:3])
     known = wanted or ", ".join(names())
     raise M3Error(f"{foreign.where} has names such as {first}, which is none of the formats that are read ({known}).")
+
+
+def _empty(config: M3Config) -> M3Model:
+    """Make the model without memory for its weights."""
+    with torch.device("meta"):
+        return M3Model(config)
+
+
+def _table(found: Conversion) -> Table:
+    """Lay out which tensors became which, blocks of the same form in one line."""
+    lines: dict[tuple[str, str], list[tuple[int, ...]]] = {}
+    for row in found.rows:
+        if row.ours:
+            key = (_form(row.theirs) or "(zeros)", _form(row.ours))
+            lines.setdefault(key, []).append(tuple(found.shapes[row.ours[0]]))
+    table = Table()
+    for title in ("theirs", "ours", "shape", "tensors"):
+        table.add_column(title, overflow="fold")
+    for (theirs, ours), each in lines.items():
+        widest = max(each, key=len)
+        table.add_row(escape(theirs), escape(ours), " x ".join(map(str, widest)) or "one number", str(len(each)))
+    return table
+
+
+def _grouped(reasons: dict[str, str]) -> dict[str, str]:
+    return {_form((name,)): reason for name, reason in reasons.items()}
+
+
+def _form(names: tuple[str, ...]) -> str:
+    """`blocks.11.norm1.bias` -> `blocks.N.norm1`; of several names what they share stands once."""
+    stems = [re.sub(r"\.(weight|bias)$", "", re.sub(r"\.\d+(?=\.)", ".N", name)) for name in names]
+    if len(stems) < 2:
+        return "".join(stems)
+    split = [stem.split(".") for stem in stems]
+    shared = sum(1 for _ in itertools.takewhile(lambda words: len(set(words)) == 1, zip(*split, strict=False)))
+    rest = ", ".join(".".join(words[shared:]) for words in split)
+    return f"{'.'.join(split[0][:shared])}.({rest})" if shared else rest

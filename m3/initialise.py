@@ -1,45 +1,78 @@
-"""Start a model from the weights of another one."""
+"""Start a model from the weights of another one, ours or published ones."""
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from m3.errors import M3Error
+from m3.convert import convert
+from m3.errors import M3Error, within
+from m3.foreign.adapt import adapt
 from m3.model import M3Model
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, source: str) -> str:
-    """Copy all weights of a trained model that `model` has under the same name and of the same shape.
+def load_weights(model: M3Model, source: str) -> str:
+    """Copy all weights of a trained model that `model` has under the same name.
+
+    Positions and patches of another size, and other numbers of channels, are adapted, see `m3.foreign.adapt`.
 
     Args:
         model: is changed.
-        source: folder or Hub id of the trained model.
+        source: folder or Hub id of a model of ours, or a published checkpoint that `m3 convert` reads.
 
     Returns:
-        A sentence that says what was taken and what was left fresh.
+        Sentences that say what was taken, changed and left: in the model fresh, in the source unused.
 
     Raises:
-        M3Error: the source can't be read, has nothing in common with the model, or differs in the shape of a weight.
+        M3Error: the source can't be read, has nothing in common with the model, or a weight can't be adapted.
     """
+    title, theirs, modalities = _opened(source)
+    own = model.state_dict()
+    shared = {name: x for name, x in theirs.items() if name in own}
+    if not shared:
+        raise M3Error(f"init: {title} has no weight in common with this model; choose a model of the same parts.")
+    with within(f"init: {title}"):
+        config: Any = model.config
+        said = adapt(shared, modalities, config.modalities, {name: x.shape for name, x in own.items()})
+    for name, x in shared.items():
+        own[name].copy_(x)
+    sentences = [f"init: {len(shared)} of {len(own)} tensors come from {title}", *said]
+    for what, names in {
+        "fresh": (name for name in own if name not in shared),
+        "unused": (name for name in theirs if name not in own),
+    }.items():
+        parts = _parts(names)
+        if parts:
+            sentences.append(f"{what}: {', '.join(parts)}")
+    return "; ".join(sentences)
+
+
+def _opened(source: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
+    """Return what the source is, its weights under our names, and its `modalities`."""
+    path = Path(source)
+    settings = path / "config.json"
+    is_ours = not path.exists() or (settings.is_file() and json.loads(settings.read_text()).get("model_type") == "m3")
+    if not is_ours:
+        found = convert(path)
+        return f"{source} ({found.title})", found.model.state_dict(), _modalities(found.model)
     try:
-        theirs = M3Model.from_pretrained(source).state_dict()
+        model = M3Model.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise M3Error(f"init: {source} can't be read as a model ({str(error).splitlines()[0]}); check it.") from error
-    own = model.state_dict()
-    shared = [name for name in own if name in theirs]
-    if not shared:
-        raise M3Error(f"init: {source} has no weight in common with this model; choose a model of the same parts.")
-    for name in shared:
-        if own[name].shape != theirs[name].shape:
-            raise M3Error(
-                f"init: `{name}` has shape {tuple(theirs[name].shape)} in {source}, but {tuple(own[name].shape)} "
-                f"here; make the recipes alike."
-            )
-        own[name].copy_(theirs[name])
-    sentence = f"init: {len(shared)} of {len(own)} tensors come from {source}"
-    fresh = Counter(".".join(name.split(".")[:2]) for name in own if name not in theirs)
-    return sentence + (f"; fresh: {', '.join(fresh)}" if fresh else "")
+    return source, model.state_dict(), _modalities(model)
+
+
+def _modalities(model: M3Model) -> dict[str, Any]:
+    config: Any = model.config
+    return config.modalities
+
+
+def _parts(names: Iterable[str]) -> list[str]:
+    return list(Counter(".".join(name.split(".")[:2]) for name in names))

@@ -57,17 +57,26 @@ class Sincos(nn.Module):
 
         Attributes:
             temperature: ratio of the longest wave to the shortest.
+            grid: tokens along each axis of the grid whose coordinates are meant, if it is not the model's own: weights
+                of another size go on seeing the same coordinates at the same places.
         """
 
         temperature: PositiveFloat = 10000.0
+        grid: tuple[PositiveInt, ...] | None = None
 
     def __init__(self, spec: Spec, tokenizer: Tokenizer, width: int, axis_order: str) -> None:
         super().__init__()
         self.spec, self.width, self.axis_order = spec, width, axis_order
+        self.own = tokenizer.reference
+        if spec.grid and len(spec.grid) != len(self.own):
+            raise M3Error(f"positions.grid: {len(spec.grid)} numbers for {len(self.own)} axes; give one for each.")
         sincos(torch.zeros(1, tokenizer.axes), width)  # a width without room is refused here, not in the first step
 
     def forward(self, positions: Tensor) -> Tensor:
         """Embed (1 or B, N, A) -> (1 or B, N, D); `xy` encodes the last axis first, `yx` the first."""
+        if self.spec.grid:
+            scale = positions.new_tensor(self.spec.grid) / positions.new_tensor(self.own)
+            positions = (positions + 0.5) * scale - 0.5
         ordered = positions.flip(-1) if self.axis_order == "xy" else positions
         return sincos(ordered, self.width, self.spec.temperature)
 

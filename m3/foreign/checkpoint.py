@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -26,8 +26,10 @@ WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "base_model", "
 PREFIXES = ("module.", "_orig_mod.", "model.")
 """What wrappers put before every name: DataParallel, torch.compile, Lightning."""
 
-HARMLESS = [argparse.Namespace, np.dtype, *(getattr(np.dtypes, f"{n}DType") for n in ("Float32", "Float64", "Int64"))]
-"""Classes beside tensors that training checkpoints hold and that only hold data."""
+NUMPY: Any = getattr(np, "_core", None) or np.core  # NumPy 1 has no `_core`
+HARMLESS = [argparse.Namespace, np.dtype, NUMPY.multiarray.scalar]
+HARMLESS += [getattr(np.dtypes, f"{name}DType") for name in ("Float32", "Float64", "Int64")]
+"""What training checkpoints hold beside tensors and what only holds data."""
 
 NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 """What the weights in a folder are called, best first."""
@@ -166,9 +168,10 @@ def _safetensors(where: str, files: list[Path], settings: dict[str, Any]) -> For
 
 def _pickled(where: str, file: Path, settings: dict[str, Any]) -> Foreign:
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old pickles; what is wrong with them is said below
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except Exception as error:  # the reader fails on damaged files in many ways
         text = str(error)
         name = re.search(
             r"(?:GLOBAL|class|function) `?([\w.]+)`? (?:was not|is not)|Unsupported global: GLOBAL (\S+)", text

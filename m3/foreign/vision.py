@@ -68,7 +68,7 @@ def patches(theirs: str, ours: str, width: int, kernel: tuple[int, ...], has_bia
     return [weight, one(f"{theirs}.bias", f"{ours}.bias") if has_bias else zeros(f"{ours}.bias", (width,))]
 
 
-def table_of(config: dict[str, Any], name: str, tokens: tuple[int, ...], width: int, prefix: int) -> Tensor:
+def table_of(config: dict[str, Any], tokens: tuple[int, ...], width: int, prefix: int) -> Tensor:
     """Return fixed sin-cos positions (1, R + N, D) in MAE's order, zero for prefix tokens."""
     places = grid(tokens, tokens, torch.device("cpu"))[0]
     table = sincos(places.flip(-1) if config.get("axis_order", "xy") == "xy" else places, width)

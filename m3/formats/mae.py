@@ -98,7 +98,7 @@ def decoder_rows(config: M3Config, theirs: str = "") -> list[Row]:
     image = (config.modalities or {})["image"]
     size, patch, channels = pair(image["size"]), pair(image["tokenizer"]["size"]), image.get("channels", 3)
     tokens, width = (size[0] // patch[0], size[1] // patch[1]), decoder["width"]
-    table = vision.table_of(backbone, "image", tokens, width, backbone["class_tokens"])
+    table = vision.table_of(backbone, tokens, width, backbone["class_tokens"])
     order = pixel_order(patch, channels)
     return [
         computed(f"{theirs}decoder_pos_embed", table),

@@ -107,7 +107,7 @@ def encoder_rows(config: M3Config, theirs: str = "") -> list[Row]:
         place = "backbone.prefix_positions" if backbone.get("class_positions") else None
         rows.append(vision.learned(f"{theirs}pos_embed", "positions.image.table", tokens, place))
     else:
-        rows.append(computed(f"{theirs}pos_embed", vision.table_of(backbone, "image", tokens, width, prefix)))
+        rows.append(computed(f"{theirs}pos_embed", vision.table_of(backbone, tokens, width, prefix)))
     if prefix == 1:
         rows.append(shaped(f"{theirs}cls_token", "backbone.prefix", (1, 1, width), (1, width)))
     elif prefix:
@@ -130,7 +130,7 @@ def is_fixed(table: Tensor, tokens: tuple[int, int], prefix: int) -> bool:
     width = table.shape[-1]
     if width % 4:
         return False
-    return torch.allclose(table.float(), vision.table_of({}, "image", tokens, width, prefix), rtol=0, atol=1e-6)
+    return torch.allclose(table.float(), vision.table_of({}, tokens, width, prefix), rtol=0, atol=1e-6)
 
 
 def square_or_none(count: int) -> int | None:

@@ -1,0 +1,121 @@
+"""Files that are no checkpoint, damaged, of something else, or that would run code: one sentence, nothing runs."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from m3 import convert
+from m3.cli import main
+from m3.errors import M3Error
+
+BLOCK = ("norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+
+def vit() -> dict[str, torch.Tensor]:
+    """The smallest ViT in timm's names; heads follow from the width."""
+    width, state = 192, {"pos_embed": torch.randn(1, 5, 192), "cls_token": torch.randn(1, 1, 192)}
+    state |= {"patch_embed.proj.weight": torch.randn(width, 3, 4, 4), "patch_embed.proj.bias": torch.randn(width)}
+    shapes = {"norm1": (width,), "norm2": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+    shapes |= {"mlp.fc1": (2 * width, width), "mlp.fc2": (width, 2 * width)}
+    for name, shape in shapes.items():
+        state[f"blocks.0.{name}.weight"], state[f"blocks.0.{name}.bias"] = torch.randn(shape), torch.randn(shape[0])
+    return state | {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+
+
+class Harmful:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("is_bare", [True, False])
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(is_bare: bool, tmp_path: Path, capsys) -> None:
+    trap, file = tmp_path / "written", tmp_path / "model.pth"
+    if is_bare:
+        file.write_bytes(pickle.dumps({"model": vit(), "trap": Harmful(trap)}, protocol=2))
+    else:
+        torch.save({"model": vit(), "trap": Harmful(trap)}, file)
+    pickle.loads(pickle.dumps(Harmful(tmp_path / "proof")))  # the trap works
+    assert (tmp_path / "proof").exists()
+    assert main(["convert", str(file), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert ("holds the Python object" in said and "mkdir" in said) or "is no checkpoint that PyTorch can read" in said
+    assert not trap.exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_something_else_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "text.pth").write_text("This is no checkpoint.\n" * 20)
+    with pytest.raises(M3Error, match=r"text.pth is no checkpoint that PyTorch can read"):
+        convert.load(tmp_path / "text.pth")
+    save_file(vit(), tmp_path / "vit.safetensors")
+    whole = (tmp_path / "vit.safetensors").read_bytes()
+    for share in (0.0001, 0.01, 0.5, 0.99):
+        (tmp_path / "cut.safetensors").write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(M3Error, match=r"cut.safetensors can't be read as safetensors .* damaged or cut"):
+            convert.load(tmp_path / "cut.safetensors")
+    torch.save(vit(), tmp_path / "vit.pth")
+    whole = (tmp_path / "vit.pth").read_bytes()
+    for share in (0.01, 0.5, 0.99):
+        (tmp_path / "cut.pth").write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(M3Error, match=r"cut.pth"):
+            convert.load(tmp_path / "cut.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(M3Error, match="holds no tensors under names"):
+        convert.load(tmp_path / "empty.pth")
+    with pytest.raises(M3Error, match=r"nothing.pth is not there"):
+        convert.load(tmp_path / "nothing.pth")
+    with pytest.raises(M3Error, match=r"holds \d+ files of weights; give one of them"):
+        convert.load(tmp_path)
+
+
+def test_a_model_of_another_kind_is_named_by_what_it_holds(tmp_path: Path) -> None:
+    unet = {
+        "down_blocks.0.resnets.0.conv1.weight": torch.zeros(4, 4, 3, 3),
+        "time_embedding.linear_1.bias": torch.zeros(4),
+    }
+    save_file(unet, tmp_path / "unet.safetensors")
+    with pytest.raises(M3Error, match=r"has names such as down_blocks.*, which is none of the formats .*vit_mae"):
+        convert.load(tmp_path / "unet.safetensors")
+    save_file(vit(), tmp_path / "vit.safetensors")
+    with pytest.raises(M3Error, match=r"which is none of the formats that are read \(vit_mae\)"):
+        convert.load(tmp_path / "vit.safetensors", format="vit_mae")
+    with pytest.raises(M3Error, match=r"`vitt` is no format.*Did you mean `vit`"):
+        convert.load(tmp_path / "vit.safetensors", format="vitt")
+
+
+def test_what_is_missing_or_left_over_is_named(tmp_path: Path) -> None:
+    state = vit()
+    save_file(state | {"blocks.0.adapter.down": torch.zeros(2, 2)}, tmp_path / "more.safetensors")
+    with pytest.raises(M3Error, match=r"no place for `blocks.0.adapter.down`"):
+        convert.load(tmp_path / "more.safetensors")
+    del state["blocks.0.norm2.bias"]
+    save_file(state, tmp_path / "less.safetensors")
+    with pytest.raises(M3Error, match=r"`blocks.0.norm2.bias` is missing"):
+        convert.load(tmp_path / "less.safetensors")
+
+
+def test_the_command_says_what_it_found_and_how_to_load_it(tmp_path: Path, capsys) -> None:
+    save_file(vit(), tmp_path / "vit.safetensors")
+    out = tmp_path / "out"
+    assert main(["convert", str(tmp_path / "vit.safetensors"), str(out), "modalities.image.channels=1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is ViT in timm's names" in said
+    assert "note backbone.heads=3" in said
+    assert "goes from 3 x 4 x 4 to 1 x 4 x 4 (every channel gets the mean of the old ones x 3 / 1)" in said
+    assert f'model = M3Model.from_pretrained("{out}")' in said
+    assert main(["convert", str(out), str(tmp_path / "back.safetensors"), "--to", "vit"]) == 0
+    assert convert.load(tmp_path / "back.safetensors").config.modalities["image"]["channels"] == 1
+    assert main(["convert", str(out), str(tmp_path / "back"), "--to", "mae"]) == 2
+    assert "MAE is one objective `reconstruct`" in capsys.readouterr().err

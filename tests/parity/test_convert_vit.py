@@ -1,0 +1,185 @@
+"""Published image encoders read into our model say the same, and go back unchanged: timm's ViT, MAE, ViTMAE."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from m3 import M3Model, convert
+from m3.errors import M3Error
+from m3.types import Batch
+
+timm = pytest.importorskip("timm", reason="parity needs timm")
+VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 3, "num_heads": 3, "num_classes": 0}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": VIT,
+    "registers, norms of queries, layer scale, norm before, a classifier": VIT
+    | {"img_size": 48, "reg_tokens": 4, "qk_norm": True, "init_values": 0.1, "pre_norm": True, "num_classes": 10},
+    "prefix tokens without positions": VIT
+    | {"embed_dim": 384, "num_heads": 6, "reg_tokens": 4, "no_embed_class": True},
+    "no class token": VIT | {"class_token": False, "global_pool": "avg", "fc_norm": False},
+}
+
+
+def randomised(module: nn.Module) -> nn.Module:
+    """Every parameter random, so that none can be forgotten."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            is_scale = "norm" in name and name.endswith("weight")
+            parameter.copy_(noise * (0.1 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5) + is_scale)
+    return module.eval()
+
+
+def pictures(size: int, count: int = 2) -> Tensor:
+    shape = (count, 3, size, size)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+
+
+def encoded(model: M3Model, pixels: Tensor) -> Tensor:
+    """States of all tokens in float64; the pixels enter as float32, as the reader's do."""
+    return model.double().encode(Batch({"image": pixels}, keys=torch.arange(len(pixels)))).sequence
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_vit_of_timm_says_the_same_and_goes_back(variant: str, tmp_path: Path) -> None:
+    theirs = randomised(timm.models.vision_transformer.VisionTransformer(**VARIANTS[variant]))
+    save_file(theirs.state_dict(), tmp_path / "vit.safetensors")
+    found = convert.convert(tmp_path / "vit.safetensors")
+    assert found.format == "vit"
+    assert set(found.left) == {name for name in theirs.state_dict() if name.startswith("head.")}
+    pixels = pictures(VARIANTS[variant]["img_size"])
+    normalised = found.model.modalities["image"].normalise(pixels)
+    with torch.no_grad():
+        single = theirs.forward_features(normalised)
+        expected = theirs.double().forward_features(normalised.double())
+    batch = Batch({"image": pixels}, keys=torch.arange(2))
+    torch.testing.assert_close(found.model.encode(batch).sequence, single, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(encoded(found.model, pixels), expected, rtol=0, atol=1e-9)
+    convert.save(found.model.float(), tmp_path / "back.pth", "vit")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
+    wanted = {name: x for name, x in theirs.float().state_dict().items() if not name.startswith("head.")}
+    assert back.keys() == wanted.keys()
+    assert all(torch.equal(back[name], x) for name, x in wanted.items())
+
+
+def test_another_size_can_be_asked_for(tmp_path: Path) -> None:
+    theirs = randomised(timm.models.vision_transformer.VisionTransformer(**VIT))
+    save_file(theirs.state_dict(), tmp_path / "vit.safetensors")
+    found = convert.convert(tmp_path / "vit.safetensors", ["modalities.image.size=48"])
+    assert "image: learned positions go from 4 x 4 to 6 x 6 (interpolated)" in found.notes
+    larger = timm.models.vision_transformer.VisionTransformer(**VIT | {"img_size": 48})
+    theirs_resized = timm.models.vision_transformer.checkpoint_filter_fn(theirs.state_dict(), larger)
+    larger.load_state_dict(theirs_resized)
+    pixels = pictures(48)
+    with torch.no_grad():
+        expected = larger.eval().forward_features(found.model.modalities["image"].normalise(pixels))
+    batch = Batch({"image": pixels}, keys=torch.arange(2))
+    torch.testing.assert_close(found.model.encode(batch).sequence, expected, rtol=1e-5, atol=1e-5)
+
+
+# -- MAE --------------------------------------------------------------------------------------------------------
+
+
+def vit_mae(size: int, eps: float, normalise: bool, decoder: int = 32) -> Any:
+    """A ViTMAE of transformers with random weights; its own init leaves the positions at 0."""
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    from m3.foreign.vision import table_of
+
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+    sizes |= {"decoder_hidden_size": decoder, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 4}
+    sizes |= {"decoder_intermediate_size": 2 * decoder, "image_size": size, "patch_size": 8, "layer_norm_eps": eps}
+    theirs = randomised(ViTMAEForPreTraining(ViTMAEConfig(**sizes, norm_pix_loss=normalise)))
+    with torch.no_grad():
+        grid = (size // 8, size // 8)
+        theirs.vit.embeddings.position_embeddings.copy_(table_of({}, grid, 48, 1))
+        theirs.decoder.decoder_pos_embed.copy_(table_of({}, grid, decoder, 1))
+    return theirs
+
+
+@pytest.mark.parametrize(("size", "eps", "normalise"), [(32, 1e-6, True), (48, 1e-3, False)])
+def test_vit_mae_of_transformers_has_the_same_loss_and_goes_back(size, eps, normalise, tmp_path: Path) -> None:
+    from transformers import AutoModelForPreTraining
+
+    theirs = vit_mae(size, eps, normalise)
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = convert.convert(tmp_path / "theirs")
+    assert (found.format, found.left) == ("vit_mae", {})
+    pixels = pictures(size, 3)
+    prepared = found.model.prepare(Batch({"image": pixels}, keys=torch.arange(3)))
+    (plan,) = prepared.plans.values()
+    noise = torch.arange((size // 8) ** 2, dtype=torch.float32).expand(3, -1) + 1000
+    noise = noise.scatter(1, plan.visible["image"], plan.visible["image"].float())
+    normalised = found.model.modalities["image"].normalise(pixels)
+    convert.save(found.model, tmp_path / "ours", "vit_mae")
+    back = AutoModelForPreTraining.from_pretrained(tmp_path / "ours").eval()
+    wanted = theirs.state_dict()
+    assert back.state_dict().keys() == wanted.keys()
+    assert all(torch.equal(back.state_dict()[name], x) for name, x in wanted.items())
+    with torch.no_grad():
+        expected = theirs(normalised, noise=noise).loss
+        torch.testing.assert_close(found.model(prepared).loss, expected, rtol=1e-5, atol=1e-5)
+        assert back(normalised, noise=noise).loss == expected
+
+
+def test_the_three_layouts_of_vit_mae_are_one(tmp_path: Path) -> None:
+    theirs = vit_mae(32, 1e-6, True)
+    theirs.save_pretrained(tmp_path / "v5")
+    saved = load_file(tmp_path / "v5" / "model.safetensors")
+    assert any(name.startswith("decoder.decoder_encoder.layer.") for name in saved), "transformers saves otherwise now"
+    first = convert.load(tmp_path / "v5").state_dict()
+    for layout, tensors in {
+        "v4": {name.replace("decoder_encoder.layer", "decoder_layers"): x for name, x in saved.items()},
+        "in memory": theirs.state_dict(),
+    }.items():
+        folder = tmp_path / layout
+        folder.mkdir()
+        save_file(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text((tmp_path / "v5" / "config.json").read_text())
+        found = convert.load(folder).state_dict()
+        assert found.keys() == first.keys()
+        assert all(torch.equal(found[name], x) for name, x in first.items())
+
+
+def test_maes_own_names_hold_the_same_model(tmp_path: Path) -> None:
+    """By way of ours: ViTMAE -> MAE's own file, as its training writes it -> ours."""
+    import argparse
+
+    theirs = vit_mae(32, 1e-6, True, decoder=64)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = convert.load(tmp_path / "theirs")
+    convert.save(model, tmp_path / "mae.pth", "mae")
+    state = torch.load(tmp_path / "mae.pth", weights_only=True)
+    assert state["model"]["decoder_blocks.1.attn.qkv.weight"].shape == (192, 64)
+    assert torch.equal(state["model"]["decoder_pred.bias"], theirs.decoder.decoder_pred.bias)
+    torch.save(state | {"epoch": 3, "args": argparse.Namespace(lr=1e-3)}, tmp_path / "training.pth")
+    heads = ["backbone.heads=4", "objectives.reconstruct.decoder.heads=4"]
+    found = convert.convert(tmp_path / "training.pth", heads)
+    assert found.format == "mae"
+    assert "normalise=false" in found.notes[0]
+    ours = model.state_dict()
+    assert all(torch.equal(x, ours[name]) for name, x in found.model.state_dict().items())
+    batch = Batch({"image": pictures(32)}, keys=torch.arange(2))
+    assert found.model(batch).loss == model(batch).loss
+    encoder = {name: x for name, x in state["model"].items() if "decoder" not in name and name != "mask_token"}
+    torch.save({"model": encoder}, tmp_path / "encoder.pth")
+    alone = convert.convert(tmp_path / "encoder.pth", heads[:1])
+    assert alone.format == "vit"
+    assert torch.equal(alone.model.encode(batch).sequence, model.encode(batch).sequence)
+    with pytest.raises(M3Error, match="there is no loss; call `encode`"):
+        alone.model(batch)
+
+
+def test_weights_without_a_known_number_of_heads_ask_for_it(tmp_path: Path) -> None:
+    theirs = timm.models.vision_transformer.VisionTransformer(**VIT | {"embed_dim": 40, "num_heads": 5})
+    save_file(theirs.state_dict(), tmp_path / "vit.safetensors")
+    with pytest.raises(M3Error, match=r"width 40 is not a usual one; give backbone.heads=N"):
+        convert.load(tmp_path / "vit.safetensors")
+    assert convert.load(tmp_path / "vit.safetensors", ["backbone.heads=5"]).config.backbone["heads"] == 5
