@@ -17,6 +17,8 @@ class M3Config(PreTrainedConfig):
         towers: name -> settings of a transformer of its own for some modalities.
         objectives: name -> settings of the objective (`type`, masking, targets, decoders ...).
         seed: default seed of masks.
+        about: what is known of the weights, for the model card: `recipe` and `steps` that trained them, or `source`
+            that they were converted from; `metrics`; `license`, where somebody has said one.
     """
 
     model_type = "m3"
@@ -26,6 +28,7 @@ class M3Config(PreTrainedConfig):
     towers: dict[str, Any] | None = None
     objectives: dict[str, Any] | None = None
     seed: int = 0
+    about: dict[str, Any] | None = None
 
     @property
     def hidden_size(self) -> int:

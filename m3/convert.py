@@ -101,6 +101,7 @@ def convert(path: str | Path, overrides: Sequence[str] = (), format: str | None 
         if absent:
             raise M3Error(f"{path} has nothing for `{absent[0]}`, which the overrides ask for; leave them out.")
     model.load_state_dict(tensors, assign=True)
+    model.config.about = {"source": form.title}
     return Conversion(model.eval(), name, form.title, rows, read, left, notes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
@@ -91,6 +92,7 @@ class HeldOut:
         run = self.recipe.folder
         if rows:
             console.print(metrics_table(rows))
+            self.model.describe(run / "model", metrics=[asdict(row) for row in rows])
         for skipped in {id(s): s for s in (self.train_skipped, self.skipped)}.values():
             skipped.report()
         note = "" if self.is_there else " (of training samples)"

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from m3 import masking
+from m3.card import write_card
 from m3.errors import M3Error, nearest
 from m3.network import Network
 from m3.objectives.match import Match
@@ -46,6 +49,25 @@ class Reconstruction:
 
 class M3Model(Network):
     """One transformer over all modalities of its config: encode, embed, match, reconstruct."""
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Save config, weights (safetensors) and a model card; options as in transformers."""
+        super().save_pretrained(save_directory, **options)
+        self._write_card(save_directory)
+
+    def describe(self, folder: str | Path, **facts: Any) -> None:
+        """Add to what is known of the weights (`M3Config.about`), also in a folder where they are saved already."""
+        self.config.about = {**(self.config.about or {}), **facts}
+        self.config.save_pretrained(folder)
+        self._write_card(folder)
+
+    def _upload_modified_files(self, working_dir: str | Path, *arguments: Any, **options: Any) -> Any:
+        """Upload, as `push_to_hub` does, which has put a card without content over ours."""
+        self._write_card(working_dir)
+        return super()._upload_modified_files(working_dir, *arguments, **options)
+
+    def _write_card(self, folder: str | Path) -> None:
+        write_card(folder, self.config, sum(p.numel() for p in self.parameters()))  # type: ignore[arg-type]  # M3Config
 
     @torch.no_grad()
     def encode(self, batch: Batch, layers: tuple[int, ...] = ()) -> Encoded:

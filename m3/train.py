@@ -181,6 +181,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     # --------------------------------------------------------------------------------------------- finish
     rows: list[Row] = []
     if accelerator.is_main_process:
+        raw_model.config.about = {"recipe": recipe.name, "steps": plan.steps}
         save_model(recipe, raw_model, average)
         rows = held_out.evaluate(plan.steps, run / "preview.png")
         held_out.conclude(rows, console)

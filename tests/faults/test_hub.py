@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from m3.card import OURS
+
 HERE = Path(__file__).parent
 
 SCRIPT = """
@@ -61,5 +63,6 @@ def test_a_pushed_model_comes_back_from_the_hub_with_equal_outputs(hub, tmp_path
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     files = hub.RequestHandlerClass.files["someone/mine"]
     assert {"config.json", "model.safetensors", "README.md"} <= set(files)
+    assert OURS.encode() in files["README.md"]  # not the card without content that transformers makes
     assert any(name.startswith(("processor_config", "preprocessor_config")) for name in files)
     assert not any(name.endswith((".bin", ".pth", ".pt", ".pkl")) for name in files)

@@ -64,6 +64,7 @@ ORDER = (
         "progress",
         "ema",
         "monitors",
+        "card",
     },
     {"model"},
     {"processor", "evaluate", "tokenizer_model"},

@@ -1,0 +1,97 @@
+"""Loading takes the memory of the weights and little more; dtype, device_map and shards work as in transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from m3 import M3Config, M3Model, convert
+
+SCRIPT = """
+import json, resource, sys, time
+import torch
+from m3 import M3Model, convert
+torch.set_num_threads(1)
+small, path, kind = sys.argv[1:]
+load = M3Model.from_pretrained if kind == "ours" else convert.load
+load(small)  # what is imported and set up on the way is no memory of the model
+status = open("/proc/self/status").read().split("VmRSS:")[1].split()[0]
+before = int(status) * 1024
+start = time.perf_counter()
+model = load(path)
+seconds = time.perf_counter() - start
+weights = sum(p.numel() * p.element_size() for p in model.parameters())
+sum(float(p.detach().flatten()[::1000].sum()) for p in model.parameters())
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print(json.dumps({"factor": (peak - before) / weights, "weights": weights, "seconds": seconds}))
+"""
+
+
+def vit(width: int, depth: int, heads: int) -> M3Model:
+    image = {"type": "image", "size": 224, "tokenizer": {"type": "patch", "size": 16}, "positions": {"type": "learned"}}
+    backbone = {"width": width, "depth": depth, "heads": heads, "class_positions": True}
+    return M3Model(M3Config(modalities={"image": image}, backbone=backbone, objectives={}))
+
+
+@pytest.mark.parametrize("kind", ["ours", "timm"])
+@pytest.mark.parametrize(
+    "size", [(384, 12, 6), pytest.param((1024, 24, 16), marks=pytest.mark.slow)], ids=["ViT-S", "ViT-L"]
+)
+def test_a_vit_loads_with_less_than_1_3_times_its_weights(size, kind: str, tmp_path: Path) -> None:
+    for name, model in {"small": vit(192, 1, 3), "large": vit(*size)}.items():
+        if kind == "ours":
+            model.save_pretrained(tmp_path / name)
+        else:
+            (tmp_path / name).mkdir()
+            convert.save(model, tmp_path / name, "vit")
+    del model
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "small"), str(tmp_path / "large"), kind],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert 0.9 < found["factor"] < 1.3, found
+
+
+def test_dtype_device_map_and_shards_behave_as_in_transformers(tmp_path: Path) -> None:
+    model = vit(192, 2, 3)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    again = M3Model.from_pretrained(tmp_path / "shards", low_cpu_mem_usage=True)
+    assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
+    half = M3Model.from_pretrained(tmp_path / "shards", dtype=torch.bfloat16, device_map="cpu")
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half.device == torch.device("cpu")
+    expected = model.backbone.blocks[0].mlp.fc1.weight.bfloat16()  # type: ignore[union-attr]
+    assert torch.equal(half.backbone.blocks[0].mlp.fc1.weight, expected)  # type: ignore[union-attr]
+
+
+def test_a_foreign_checkpoint_in_shards_is_one_model(tmp_path: Path) -> None:
+    model = vit(192, 1, 3)
+    convert.save(model, tmp_path / "whole.safetensors", "vit")
+    whole = convert.load(tmp_path / "whole.safetensors")
+    state, names = dict(whole.state_dict()), {}
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    convert.save(model, tmp_path / "one", "vit")
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "one" / "model.safetensors")
+    for number, keys in enumerate((list(tensors)[::2], list(tensors)[1::2])):
+        save_file({key: tensors[key] for key in keys}, folder / f"part{number}.safetensors")
+        names |= dict.fromkeys(keys, f"part{number}.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    found = convert.load(folder).state_dict()
+    assert all(torch.equal(found[name], x) for name, x in state.items())
