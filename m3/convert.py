@@ -14,6 +14,7 @@ import json
 import pkgutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from m3.foreign.checkpoint import Foreign, read_foreign
 from m3.foreign.format import Format
 from m3.foreign.rows import Row, read_rows, write_rows
 from m3.model import M3Model
+from m3.network import resolved
 from m3.parts import class_name
 from m3.recipe import with_overrides
 
@@ -70,12 +72,17 @@ def convert(path: str | Path, overrides: Sequence[str] = (), format: str | None 
     given = with_overrides({}, tuple(overrides))
     name, form, foreign = _recognised(read_foreign(path), format)
     with within(f"{path} ({form.title})"):
-        config = M3Config(**with_overrides(form.config(foreign, given), tuple(overrides)))
+        sections = with_overrides(form.config(foreign, given), tuple(overrides))
+        sections["modalities"] = {n: resolved(s, f"modalities.{n}") for n, s in sections["modalities"].items()}
+        config = M3Config(**sections)
     with torch.device("meta"):
         model = M3Model(config)
     shapes = {key: x.shape for key, x in model.state_dict().items()}
     rows = form.rows(config)
     tensors, left = read_rows(rows, foreign.tensors, list(form.left), shapes, str(path))
+    # Some are saved half in half precision (OpenAI's CLIP), but a model computes in one.
+    widest = reduce(torch.promote_types, {x.dtype for x in tensors.values() if x.is_floating_point()})
+    tensors = {key: x.to(widest) if x.is_floating_point() else x for key, x in tensors.items()}
     model.load_state_dict(tensors, assign=True)
     return Conversion(model.eval(), name, form.title, rows, left, form.notes(foreign, config))
 
@@ -85,7 +92,8 @@ def save(model: M3Model, out: str | Path, format: str) -> Path:
 
     Args:
         model: what is written.
-        out: a .safetensors file, a .pth file ({"model": ...}), or a folder for `model.safetensors` and `config.json`.
+        out: a .safetensors file, a .pth file ({"model": ...}), or a folder for the weights and the
+            settings as the library calls them.
         format: name of a file in `m3/formats`.
 
     Returns:
@@ -101,12 +109,12 @@ def save(model: M3Model, out: str | Path, format: str) -> Path:
     if out.suffix in (".pth", ".pt", ".bin"):
         torch.save({"model": tensors}, out)
         return out
-    file = out if out.suffix == ".safetensors" else out / "model.safetensors"
+    file = out if out.suffix == ".safetensors" else out / form.files[0]
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: x.clone() for name, x in tensors.items()}, file, metadata={"format": "pt"})
     settings = form.settings(config)
     if settings and file != out:
-        (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (out / form.files[1]).write_text(json.dumps(settings, indent=2) + "\n")
     return file
 
 

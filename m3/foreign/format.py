@@ -21,10 +21,12 @@ class Format(ABC):
     Attributes:
         title: what people call it.
         left: names that are not needed, with the reason.
+        files: what the library calls the weights and the settings in a folder.
     """
 
     title: ClassVar[str]
     left: ClassVar[tuple[Left, ...]] = ()
+    files: ClassVar[tuple[str, str]] = ("model.safetensors", "config.json")
 
     def tidy(self, foreign: Foreign) -> Foreign:
         """Bring the variants of the format to one: older names, prefixes."""
@@ -47,7 +49,7 @@ class Format(ABC):
         """
 
     def settings(self, config: M3Config) -> dict[str, Any]:
-        """Return what the library wants to read in `config.json` beside the tensors; empty: it reads none."""
+        """Return what the library wants to read in its own file beside the tensors; empty: it reads none."""
         return {}
 
     def notes(self, foreign: Foreign, config: M3Config) -> list[str]:

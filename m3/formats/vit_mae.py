@@ -14,8 +14,9 @@ from m3.foreign import vision
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.format import Format
 from m3.foreign.rows import Row, computed, same, shaped
+from m3.foreign.vision import pair
 from m3.formats.mae import DECODER, decoder_rows, with_decoder
-from m3.formats.vit import is_fixed, pair
+from m3.formats.vit import is_fixed
 
 LAYERS = {
     "layernorm_before": "norm1",
