@@ -136,6 +136,13 @@ def vocabulary_size(text: dict[str, Any]) -> int:
     return open_vocabulary(describe(text["vocabulary"])).size
 
 
+def mark_ids(text: dict[str, Any], **marks: str) -> dict[str, int]:
+    """Return the ids of the tokens that a text's settings name: `eos_token_id="end"` -> {"eos_token_id": 49407}."""
+    vocabulary = open_vocabulary(describe(text["vocabulary"]))
+    ids = {key: vocabulary.number(text[mark]) for key, mark in marks.items() if text.get(mark)}
+    return {key: number for key, number in ids.items() if number is not None}
+
+
 def packed(theirs: str, ours: str) -> list[Row]:
     """Rows of torch's own attention, whose queries, keys and values are one matrix."""
     return [one(f"{theirs}.in_proj_{part}", f"{ours}.{part}") for part in ("weight", "bias")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from m3 import M3Model, M3Processor, convert
 from m3.errors import M3Error
 from m3.types import Batch
 
 
-def randomised(module: nn.Module) -> nn.Module:
+def randomised(module: nn.Module) -> Any:
     """Every parameter random, so that no bias or scale can be forgotten; norms and temperatures near usual ones."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -56,3 +59,16 @@ def assert_refuses(folder: Path, weights: str, missing: str) -> None:
     with pytest.raises(M3Error, match=f"`{missing}` is missing"):
         convert.convert(folder)
     save_file(state, folder / weights)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Leave out transformers' progress bars and reports."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()

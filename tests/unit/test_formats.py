@@ -9,6 +9,7 @@ from m3 import convert
 from m3.foreign.checkpoint import Foreign
 
 NAMES = {
+    "clip": ["vision_model.pre_layrnorm.weight", "text_model.final_layer_norm.weight", "logit_scale"],
     "open_clip": ["visual.class_embedding", "visual.conv1.weight", "token_embedding.weight", "text_projection"],
 }
 """Format -> a few of its names, enough to be known by."""
