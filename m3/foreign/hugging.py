@@ -74,13 +74,17 @@ def tower_settings(tower: dict[str, Any]) -> dict[str, Any]:
 
 
 def image_of(foreign: Foreign, theirs: dict[str, Any], mean: Any, std: Any) -> dict[str, Any]:
-    """Return our settings of the modality `image` with learned positions; `mean` and `std` are the usual ones."""
-    told = foreign.settings.get("preprocessor", {})
-    size = theirs["image_size"]
+    """Return our settings of the modality `image` with learned positions.
+
+    Mean and deviation are those of the preprocessor; else the usual ones that are given, or 0.5 for other than colours.
+    """
+    told, size, channels = foreign.settings.get("preprocessor", {}), theirs["image_size"], theirs["num_channels"]
+    if channels != 3:
+        mean = std = (0.5,) * channels
     return {
         "type": "image",
         "size": size if isinstance(size, int) else tuple(size),
-        "channels": theirs["num_channels"],
+        "channels": channels,
         "mean": tuple(told.get("image_mean") or mean),
         "std": tuple(told.get("image_std") or std),
         "tokenizer": {"type": "patch", "size": theirs["patch_size"]},
