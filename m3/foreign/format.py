@@ -6,8 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from m3.backbone import BackboneSpec
 from m3.config import M3Config
-from m3.errors import M3Error
+from m3.errors import M3Error, read_settings
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.rows import Left, Row
 
@@ -68,6 +69,25 @@ def heads_of(width: int, given: Any, key: str) -> int:
     if width not in HEADS:
         raise M3Error(f"no tensor tells the number of heads, and width {width} is not a usual one; give {key}=N.")
     return HEADS[width]
+
+
+def plain(settings: dict[str, Any], title: str, is_causal: bool = False, norm: str = "pre") -> dict[str, Any]:
+    """Return the settings of a transformer with all that is left to defaults.
+
+    Raises:
+        M3Error: it does what no tensor shows and the format has not.
+    """
+    spec = read_settings(BackboneSpec, {k: v for k, v in settings.items() if k != "modalities"}, "backbone")
+    if spec.norm != norm or spec.causal != is_causal or spec.positions_every_block:
+        what = f"norm: {norm}, causal: {str(is_causal).lower()} and positions_every_block: false"
+        raise M3Error(f"{title} needs a transformer with {what}; this one is another.")
+    return spec.model_dump()
+
+
+def ratio_of(hidden: int, width: int) -> float:
+    """Return the `mlp_ratio` of which int(width * ratio) is `hidden`; the quotient may be rounded down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def square(count: int, what: str) -> int:

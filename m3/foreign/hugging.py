@@ -10,6 +10,7 @@ from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign import vision
 from m3.foreign.checkpoint import Foreign
+from m3.foreign.format import plain, ratio_of
 from m3.foreign.rows import Row
 from m3.foreign.vision import pair
 
@@ -53,7 +54,7 @@ def tower_of(theirs: dict[str, Any]) -> dict[str, Any]:
         "width": theirs["hidden_size"],
         "depth": theirs["num_hidden_layers"],
         "heads": theirs["num_attention_heads"],
-        "mlp_ratio": theirs["intermediate_size"] / theirs["hidden_size"],
+        "mlp_ratio": ratio_of(theirs["intermediate_size"], theirs["hidden_size"]),
         "mlp": MLP[theirs["hidden_act"]],
         "norm_eps": theirs["layer_norm_eps"],
     }
@@ -61,15 +62,15 @@ def tower_of(theirs: dict[str, Any]) -> dict[str, Any]:
 
 def tower_settings(tower: dict[str, Any]) -> dict[str, Any]:
     """Undo `tower_of`."""
-    if tower.get("mlp", "gelu") not in ACTIVATION:
+    if tower["mlp"] not in ACTIVATION:
         raise M3Error(f"transformers has no `{tower['mlp']}` here; only {', '.join(ACTIVATION)} can be written.")
     return {
         "hidden_size": tower["width"],
         "num_hidden_layers": tower["depth"],
         "num_attention_heads": tower["heads"],
-        "intermediate_size": int(tower["width"] * tower.get("mlp_ratio", 4.0)),
-        "hidden_act": ACTIVATION[tower.get("mlp", "gelu")],
-        "layer_norm_eps": tower.get("norm_eps", 1e-6),
+        "intermediate_size": int(tower["width"] * tower["mlp_ratio"]),
+        "hidden_act": ACTIVATION[tower["mlp"]],
+        "layer_norm_eps": tower["norm_eps"],
     }
 
 
@@ -122,4 +123,4 @@ def only_image(config: M3Config, title: str) -> tuple[dict[str, Any], dict[str, 
     """
     if config.objectives or config.towers or list(config.modalities or {}) != ["image"]:
         raise M3Error(f"{title} is one encoder of images without objectives; choose a format that holds more.")
-    return (config.modalities or {})["image"], config.backbone or {}
+    return (config.modalities or {})["image"], plain(config.backbone or {}, title)

@@ -186,12 +186,15 @@ def write_rows(rows: list[Row], tensors: Mapping[str, Tensor], title: str) -> di
     """Turn our tensors into theirs.
 
     Raises:
-        M3Error: a tensor of ours has no row.
+        M3Error: a tensor of ours has no row, or one of a row is missing.
     """
     known = {name for row in rows for name in row.ours}
     strange = [name for name in tensors if name not in known]
     if strange:
         raise M3Error(f"{title} has no place for {_first(strange)}; choose a format that holds the whole model.")
+    missing = [name for name in known if name not in tensors]
+    if missing:
+        raise M3Error(f"{title} needs what this model has not: {_first(sorted(missing))} missing.")
     return {
         name: tensor.contiguous()
         for row in rows

@@ -62,8 +62,7 @@ class Clip(Format):
         if not config.objectives:
             image, photo = hugging.only_image(config, TITLE)
             return _photo(image, photo, "backbone")
-        pairs.check(config, TITLE, "class", "last")
-        modalities, towers = config.modalities or {}, config.towers or {}
+        modalities, towers, contrast = pairs.clip_parts(config, TITLE)
         return [
             *_photo(modalities["image"], towers["photo"], "towers.photo"),
             *pairs.word_rows(
@@ -75,17 +74,18 @@ class Clip(Format):
             *same("text_model.final_layer_norm", "towers.words.norm"),
             *same("visual_projection", f"{pairs.CONTRAST}.projections.image", ["weight"]),
             *same("text_projection", f"{pairs.CONTRAST}.projections.text", ["weight"]),
-            *pairs.scale_rows((config.objectives or {})["contrast"]),
+            *pairs.scale_rows(contrast),
         ]
 
     def settings(self, config: M3Config) -> dict[str, Any]:
         """Return what `AutoModel` opens."""
-        modalities = config.modalities or {}
-        photo = hugging.image_settings(modalities["image"], is_square_only=True)
         if not config.objectives:
-            photo |= hugging.tower_settings(config.backbone or {})
-            return {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], **photo}
-        towers, text, width = config.towers or {}, modalities["text"], config.objectives["contrast"]["width"]
+            image, photo = hugging.only_image(config, TITLE)
+            found = hugging.image_settings(image, is_square_only=True) | hugging.tower_settings(photo)
+            return {"model_type": "clip_vision_model", "architectures": ["CLIPVisionModel"], **found}
+        modalities, towers, contrast = pairs.clip_parts(config, TITLE)
+        text, width = modalities["text"], contrast["width"]
+        photo = hugging.image_settings(modalities["image"], is_square_only=True)
         words = hugging.tower_settings(towers["words"]) | {
             "vocab_size": pairs.vocabulary_size(text),
             "max_position_embeddings": text["length"],

@@ -16,7 +16,7 @@ from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign import pairs, vision
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.format import Format, get, heads_of, square
+from m3.foreign.format import Format, get, heads_of, ratio_of, square
 from m3.foreign.rows import Left, Row, same, shaped, transposed
 
 LAYERS = {
@@ -82,9 +82,8 @@ class OpenClip(Format):
 
     def rows(self, config: M3Config) -> list[Row]:
         """Return the rows of both towers and of the shared space."""
-        pairs.check(config, "CLIP", "class", "last")
-        modalities, towers, contrast = config.modalities or {}, config.towers or {}, (config.objectives or {})
-        contrast, image, photo = contrast["contrast"], modalities["image"], towers["photo"]
+        modalities, towers, contrast = pairs.clip_parts(config, "CLIP")
+        image, photo = modalities["image"], towers["photo"]
         width, kernel = photo["width"], pairs.kernel_of(image)
         weight = "tokenizers.image.projection.weight"
         rows = [
@@ -98,7 +97,7 @@ class OpenClip(Format):
             transposed("text_projection", f"{pairs.CONTRAST}.projections.text.weight"),
             *pairs.scale_rows(contrast),
         ]
-        if photo.get("input_norm"):
+        if photo["input_norm"]:
             rows += same("visual.ln_pre", "towers.photo.input_norm")
         for tower, theirs in (("photo", "visual.transformer"), ("words", "transformer")):
             rows += tower_rows(f"{theirs}.resblocks.{{}}", f"towers.{tower}.blocks.{{}}", towers[tower]["depth"])
@@ -106,14 +105,14 @@ class OpenClip(Format):
 
     def settings(self, config: M3Config) -> dict[str, Any]:
         """Return what open_clip builds the model from."""
-        modalities, towers = config.modalities or {}, config.towers or {}
+        modalities, towers, contrast = pairs.clip_parts(config, "CLIP")
         image, photo, words = modalities["image"], towers["photo"], towers["words"]
         tall, wide = vision.pair(image["size"])
         vision_cfg = {
             "image_size": tall if tall == wide else [tall, wide],
             "patch_size": image["tokenizer"]["size"],
             "head_width": photo["width"] // photo["heads"],
-            "no_ln_pre": not photo.get("input_norm", False),
+            "no_ln_pre": not photo["input_norm"],
             **_cfg(photo),
         }
         text_cfg = {
@@ -122,8 +121,7 @@ class OpenClip(Format):
             "heads": words["heads"],
             **_cfg(words),
         }
-        contrast = (config.objectives or {})["contrast"]
-        model_cfg: dict[str, Any] = {"embed_dim": contrast["width"], "quick_gelu": photo.get("mlp") == "quick_gelu"}
+        model_cfg: dict[str, Any] = {"embed_dim": contrast["width"], "quick_gelu": photo["mlp"] == "quick_gelu"}
         if contrast["loss"] == "sigmoid":
             model_cfg["init_logit_bias"] = contrast["bias"]
         model_cfg |= {"vision_cfg": vision_cfg, "text_cfg": text_cfg}
@@ -167,7 +165,7 @@ def _blocks(foreign: Foreign, given: dict[str, Any], prefix: str, section: str) 
     hidden, width = foreign.shapes[f"{prefix}.resblocks.0.mlp.c_fc.weight"]
     return {
         "depth": foreign.count(rf"{prefix}\.resblocks\.(\d+)\."),
-        "mlp_ratio": hidden / width,
+        "mlp_ratio": ratio_of(hidden, width),
         "mlp": get(given, "towers.photo.mlp", told),
         "norm_eps": get(theirs, f"{section}.norm_kwargs.eps", 1e-5),
     }
@@ -175,7 +173,7 @@ def _blocks(foreign: Foreign, given: dict[str, Any], prefix: str, section: str) 
 
 def _cfg(tower: dict[str, Any]) -> dict[str, Any]:
     """Return what both of open_clip's sections say of a tower."""
-    found = {"width": tower["width"], "layers": tower["depth"], "mlp_ratio": tower.get("mlp_ratio", 4.0)}
-    if tower.get("mlp") == "gelu_tanh":
+    found = {"width": tower["width"], "layers": tower["depth"], "mlp_ratio": tower["mlp_ratio"]}
+    if tower["mlp"] == "gelu_tanh":
         found["act_kwargs"] = {"approximate": "tanh"}
-    return found | {"norm_kwargs": {"eps": tower.get("norm_eps", 1e-6)}}
+    return found | {"norm_kwargs": {"eps": tower["norm_eps"]}}
