@@ -16,6 +16,7 @@ import pkgutil
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -32,6 +33,7 @@ from m3.foreign.checkpoint import Foreign, read_foreign
 from m3.foreign.format import Format
 from m3.foreign.rows import Row, read_rows, write_rows
 from m3.model import M3Model
+from m3.network import resolved
 from m3.parts import class_name
 from m3.processor import M3Processor
 from m3.progress import no_progress_bars
@@ -81,6 +83,7 @@ def convert(path: str | Path, overrides: Sequence[str] = (), format: str | None 
     name, form, foreign = _recognised(read_foreign(path), format)
     with within(f"{path} ({form.title})"):
         sections = form.config(foreign, given)
+        sections["modalities"] = {n: resolved(s, f"modalities.{n}") for n, s in sections["modalities"].items()}
         config = M3Config(**sections)
         rows = form.rows(config)
         notes = form.notes(foreign, config)
@@ -88,6 +91,9 @@ def convert(path: str | Path, overrides: Sequence[str] = (), format: str | None 
     shapes = {key: x.shape for key, x in model.state_dict().items()}
     read = shapes
     tensors, left = read_rows(rows, foreign.tensors, list(form.left), shapes, str(path))
+    # Some are saved half in half precision (OpenAI's CLIP), but a model computes in one.
+    widest = reduce(torch.promote_types, {x.dtype for x in tensors.values() if x.is_floating_point()})
+    tensors = {key: x.to(widest) if x.is_floating_point() else x for key, x in tensors.items()}
     wanted = with_overrides(sections, tuple(overrides))
     if wanted != sections:
         notes += keep_coordinates(sections["modalities"], wanted["modalities"])
@@ -110,7 +116,8 @@ def save(model: M3Model, out: str | Path, format: str) -> Path:
 
     Args:
         model: what is written.
-        out: a .safetensors file, a .pth file ({"model": ...}), or a folder for `model.safetensors` and `config.json`.
+        out: a .safetensors file, a .pth file ({"model": ...}), or a folder for the weights and the
+            settings as the library calls them.
         format: name of a file in `m3/formats`.
 
     Returns:
@@ -126,12 +133,12 @@ def save(model: M3Model, out: str | Path, format: str) -> Path:
     if out.suffix in (".pth", ".pt", ".bin"):
         torch.save({"model": tensors}, out)
         return out
-    file = out if out.suffix == ".safetensors" else out / "model.safetensors"
+    file = out if out.suffix == ".safetensors" else out / form.files[0]
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: x.clone() for name, x in tensors.items()}, file, metadata={"format": "pt"})
     settings = form.settings(config)
     if settings and file != out:
-        (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        (out / form.files[1]).write_text(json.dumps(settings, indent=2) + "\n")
     return file
 
 

@@ -150,7 +150,7 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings = {}
     for name in ("config.json", "open_clip_config.json"):
         if (folder / name).exists():
-            settings = json.loads((folder / name).read_text())
+            settings |= json.loads((folder / name).read_text())
     if (folder / "preprocessor_config.json").exists():
         settings["preprocessor"] = json.loads((folder / "preprocessor_config.json").read_text())
     return settings

@@ -6,8 +6,9 @@ import math
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
+from m3.backbone import BackboneSpec
 from m3.config import M3Config
-from m3.errors import M3Error
+from m3.errors import M3Error, read_settings
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.rows import Left, Row
 
@@ -21,10 +22,12 @@ class Format(ABC):
     Attributes:
         title: what people call it.
         left: names that are not needed, with the reason.
+        files: what the library calls the weights and the settings in a folder.
     """
 
     title: ClassVar[str]
     left: ClassVar[tuple[Left, ...]] = ()
+    files: ClassVar[tuple[str, str]] = ("model.safetensors", "config.json")
 
     def tidy(self, foreign: Foreign) -> Foreign:
         """Bring the variants of the format to one: older names, prefixes."""
@@ -47,7 +50,7 @@ class Format(ABC):
         """
 
     def settings(self, config: M3Config) -> dict[str, Any]:
-        """Return what the library wants to read in `config.json` beside the tensors; empty: it reads none."""
+        """Return what the library wants to read in its own file beside the tensors; empty: it reads none."""
         return {}
 
     def notes(self, foreign: Foreign, config: M3Config) -> list[str]:
@@ -66,6 +69,25 @@ def heads_of(width: int, given: Any, key: str) -> int:
     if width not in HEADS:
         raise M3Error(f"no tensor tells the number of heads, and width {width} is not a usual one; give {key}=N.")
     return HEADS[width]
+
+
+def plain(settings: dict[str, Any], title: str, is_causal: bool = False, norm: str = "pre") -> dict[str, Any]:
+    """Return the settings of a transformer with all that is left to defaults.
+
+    Raises:
+        M3Error: it does what no tensor shows and the format has not.
+    """
+    spec = read_settings(BackboneSpec, {k: v for k, v in settings.items() if k != "modalities"}, "backbone")
+    if spec.norm != norm or spec.causal != is_causal or spec.positions_every_block:
+        what = f"norm: {norm}, causal: {str(is_causal).lower()} and positions_every_block: false"
+        raise M3Error(f"{title} needs a transformer with {what}; this one is another.")
+    return spec.model_dump()
+
+
+def ratio_of(hidden: int, width: int) -> float:
+    """Return the `mlp_ratio` of which int(width * ratio) is `hidden`; the quotient may be rounded down."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
 
 
 def square(count: int, what: str) -> int:

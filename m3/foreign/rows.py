@@ -97,6 +97,24 @@ def zeros(ours: str, shape: tuple[int, ...]) -> Row:
     return Row((), (ours,), lambda x: [torch.zeros(shape)], write)
 
 
+def padded(theirs: str, ours: str) -> Row:
+    """Row of a table of words, behind whose entries ours has one more, for padding; it is never seen."""
+
+    def read(x: list[Tensor]) -> list[Tensor]:
+        return [torch.cat([x[0], torch.zeros_like(x[0][:1])])]
+
+    return Row((theirs,), (ours,), read, lambda x: [x[0][:-1].clone()])
+
+
+def shifted(theirs: str, ours: str, start: float, shape: tuple[int, ...] = ()) -> Row:
+    """Row of a learned number of which ours is the difference from its start; `shape` is that of theirs."""
+
+    def write(x: list[Tensor]) -> list[Tensor]:
+        return [(x[0].double() + start).to(x[0].dtype).reshape(shape)]
+
+    return Row((theirs,), (ours,), lambda x: [(x[0].double() - start).to(x[0].dtype).reshape(())], write)
+
+
 def computed(theirs: str, value: Tensor) -> Row:
     """Row of a table that they save and we compute; `read` leaves it, as the format has looked at it before."""
     return Row((theirs,), (), lambda x: [], lambda x: [value])
@@ -168,12 +186,15 @@ def write_rows(rows: list[Row], tensors: Mapping[str, Tensor], title: str) -> di
     """Turn our tensors into theirs.
 
     Raises:
-        M3Error: a tensor of ours has no row.
+        M3Error: a tensor of ours has no row, or one of a row is missing.
     """
     known = {name for row in rows for name in row.ours}
     strange = [name for name in tensors if name not in known]
     if strange:
         raise M3Error(f"{title} has no place for {_first(strange)}; choose a format that holds the whole model.")
+    missing = [name for name in known if name not in tensors]
+    if missing:
+        raise M3Error(f"{title} needs what this model has not: {_first(sorted(missing))} missing.")
     return {
         name: tensor.contiguous()
         for row in rows

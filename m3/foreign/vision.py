@@ -26,6 +26,11 @@ NO_SCALE = 1e-30
 """Start of a LayerScale whose learned difference is the whole factor: published weights keep the factor itself."""
 
 
+def pair(size: Any) -> tuple[int, int]:
+    """Read one number as a square."""
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def blocks(theirs: str, ours: str, depth: int, names: dict[str, str]) -> list[Row]:
     """Rows of the layers of all blocks that are the same on both sides; `{}` in the prefixes is the block's number."""
     return [

@@ -18,7 +18,8 @@ from m3.foreign import vision
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.format import Format, get
 from m3.foreign.rows import Row, computed, permuted, same, shaped
-from m3.formats.vit import encoder_of, encoder_rows, is_fixed, pair
+from m3.foreign.vision import pair
+from m3.formats.vit import encoder_of, encoder_rows, is_fixed
 
 DECODER = "objectives.reconstruct.decoders.image"
 

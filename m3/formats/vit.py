@@ -19,6 +19,7 @@ from m3.foreign import vision
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.format import Format, get, heads_of, square
 from m3.foreign.rows import Left, Row, computed, same, shaped
+from m3.foreign.vision import pair
 
 
 class Vit(Format):
@@ -136,11 +137,6 @@ def is_fixed(table: Tensor, tokens: tuple[int, int], prefix: int) -> bool:
 def square_or_none(count: int) -> int | None:
     """Return the count if it is a square number."""
     return count if round(count**0.5) ** 2 == count else None
-
-
-def pair(size: Any) -> tuple[int, int]:
-    """Read one number as a square."""
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def _class_and_registers(theirs: str, count: int) -> Row:

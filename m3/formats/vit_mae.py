@@ -14,8 +14,9 @@ from m3.foreign import vision
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.format import Format
 from m3.foreign.rows import Row, computed, same, shaped
+from m3.foreign.vision import pair
 from m3.formats.mae import DECODER, decoder_rows, with_decoder
-from m3.formats.vit import is_fixed, pair
+from m3.formats.vit import is_fixed
 
 LAYERS = {
     "layernorm_before": "norm1",
@@ -82,25 +83,7 @@ class VitMae(Format):
 
     def rows(self, config: M3Config) -> list[Row]:
         """Return the rows of the encoder, and of the decoder where there is one."""
-        image, backbone = (config.modalities or {})["image"], config.backbone or {}
-        size, patch = pair(image["size"]), pair(image["tokenizer"]["size"])
-        tokens = (size[0] // patch[0], size[1] // patch[1])
-        width, depth = backbone["width"], backbone["depth"]
-        block, own = "vit.encoder.layer.{}", "backbone.blocks.{}"
-        places = "vit.embeddings.position_embeddings"
-        if backbone.get("class_positions"):
-            position = vision.learned(places, "positions.image.table", tokens, "backbone.prefix_positions")
-        else:
-            position = computed(places, vision.table_of(backbone, tokens, width, 1))
-        kernel = (image.get("channels", 3), *patch)
-        rows = [
-            *vision.patches("vit.embeddings.patch_embeddings.projection", "tokenizers.image.projection", width, kernel),
-            position,
-            shaped("vit.embeddings.cls_token", "backbone.prefix", (1, 1, width), (1, width)),
-            *vision.blocks(block, own, depth, LAYERS),
-            *vision.split(tuple(f"{block}.attention.attention.{name}" for name in QKV), own, depth),
-            *same("vit.layernorm", "backbone.norm"),
-        ]
+        rows = encoder_rows((config.modalities or {})["image"], config.backbone or {})
         if not config.objectives:
             return rows
         block, own = "decoder.decoder_layers.{}", f"{DECODER}.blocks.{{}}"
@@ -141,3 +124,25 @@ class VitMae(Format):
                 "mask_ratio": 1 - settings["masking"]["visible"],
             }
         return found
+
+
+def encoder_rows(image: dict[str, Any], backbone: dict[str, Any]) -> list[Row]:
+    """Return the rows of the encoder, which is a plain ViT's."""
+    size, patch = pair(image["size"]), pair(image["tokenizer"]["size"])
+    tokens = (size[0] // patch[0], size[1] // patch[1])
+    width, depth = backbone["width"], backbone["depth"]
+    block, own = "vit.encoder.layer.{}", "backbone.blocks.{}"
+    places = "vit.embeddings.position_embeddings"
+    if backbone.get("class_positions"):
+        position = vision.learned(places, "positions.image.table", tokens, "backbone.prefix_positions")
+    else:
+        position = computed(places, vision.table_of(backbone, "image", tokens, width, 1))
+    kernel = (image.get("channels", 3), *patch)
+    return [
+        *vision.patches("vit.embeddings.patch_embeddings.projection", "tokenizers.image.projection", width, kernel),
+        position,
+        shaped("vit.embeddings.cls_token", "backbone.prefix", (1, 1, width), (1, width)),
+        *vision.blocks(block, own, depth, LAYERS),
+        *vision.split(tuple(f"{block}.attention.attention.{name}" for name in QKV), own, depth),
+        *same("vit.layernorm", "backbone.norm"),
+    ]
