@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from m3.attention import CrossAttention, key_mask
@@ -55,6 +55,7 @@ class SelfDecoder(nn.Module):
             queries: `all`: the sequence holds all N tokens, each hidden one as a mask token (MAE, VideoMAE); `asked`:
                 the visible tokens, and a mask token for each one that is asked for (VideoMAE V2; for a masking with
                 `decode`).
+            norm_eps: epsilon of the norm behind the blocks; null: the backbone's (transformers' VideoMAE: 1e-5).
         """
 
         width: PositiveInt = 512
@@ -62,6 +63,7 @@ class SelfDecoder(nn.Module):
         heads: PositiveInt = 16
         embed_bias: bool = True
         queries: Literal["all", "asked"] = "all"
+        norm_eps: PositiveFloat | None = None
 
     reads_any = True
     """It can predict another modality of the same tokenizer, where a target has `decoder: {same_as: ...}`."""
@@ -91,7 +93,7 @@ class SelfDecoder(nn.Module):
                 for _ in range(spec.depth)
             ]
         )
-        self.norm = nn.LayerNorm(spec.width, eps=backbone.norm_eps)
+        self.norm = nn.LayerNorm(spec.width, eps=spec.norm_eps or backbone.norm_eps)
         self.output = Linear(spec.width, outputs)
 
     def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:

@@ -5,12 +5,16 @@ Letters: D width, C channels, h, w patch, N positions of the grid, R prefix toke
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from m3.foreign.rows import Row, joined, one, same, shaped, zeros
+from m3.config import M3Config
+from m3.errors import M3Error
+from m3.foreign.rows import Row, joined, one, same, shaped, without_key_bias, zeros
+from m3.network import build_modalities
+from m3.parts import build_spec
 from m3.positions import grid, sincos
 
 TIMM = {
@@ -24,6 +28,49 @@ TIMM = {
 
 NO_SCALE = 1e-30
 """Start of a LayerScale whose learned difference is the whole factor: published weights keep the factor itself."""
+
+
+class Cut(NamedTuple):
+    """How a modality is cut into tokens.
+
+    Attributes:
+        channels: C.
+        size: of the signal along its axes.
+        patch: of a token along these axes.
+        tokens: how many there are along these axes.
+        positions: kind of the positions.
+    """
+
+    channels: int
+    size: tuple[int, ...]
+    patch: tuple[int, ...]
+    tokens: tuple[int, ...]
+    positions: str
+
+
+def cut_of(config: M3Config, name: str, tokenizer: str = "patch") -> Cut:
+    """Return how a modality of our config is cut.
+
+    Raises:
+        M3Error: the modality is not there, or has another tokenizer.
+    """
+    entry = (config.modalities or {}).get(name, {})
+    if entry.get("tokenizer", {}).get("type") != tokenizer:
+        raise M3Error(f"the format needs the modality `{name}` with the tokenizer `{tokenizer}`.")
+    signal = build_modalities({name: entry})[name].signal
+    spec: Any = build_spec("tokenizers", entry["tokenizer"], f"modalities.{name}.tokenizer")[1]
+    patch = (spec.size, spec.size) if isinstance(spec.size, int) else tuple(spec.size)
+    patch = (spec.frames, *patch) if tokenizer == "tube" else patch
+    tokens = tuple(extent // own for extent, own in zip(signal.size, patch, strict=True))
+    return Cut(signal.channels, signal.size, patch, tokens, entry.get("positions", {}).get("type", "sincos"))
+
+
+def values_order(patch: tuple[int, ...], channels: int) -> Tensor:
+    """Return where in an order with the channel last each value of our order with the channel first stands."""
+    count = channels
+    for extent in patch:
+        count *= extent
+    return torch.arange(count).reshape(*patch, channels).movedim(-1, 0).flatten()
 
 
 def blocks(theirs: str, ours: str, depth: int, names: dict[str, str]) -> list[Row]:
@@ -47,6 +94,13 @@ def split(theirs: tuple[str, ...], ours: str, depth: int, parts: tuple[str, ...]
         joined(tuple(f"{name.format(n)}.{part}" for name in theirs), f"{ours.format(n)}.attention.qkv.{part}")
         for n in range(depth)
         for part in parts
+    ]
+
+
+def unbiased_keys(query: str, value: str, ours: str, depth: int) -> list[Row]:
+    """Rows of the biases of queries and values, where their keys have none."""
+    return [
+        without_key_bias(query.format(n), value.format(n), f"{ours.format(n)}.attention.qkv.bias") for n in range(depth)
     ]
 
 
