@@ -56,6 +56,7 @@ class SelfDecoder(nn.Module):
                 the visible tokens, and a mask token for each one that is asked for (VideoMAE V2; for a masking with
                 `decode`).
             norm_eps: epsilon of the norm behind the blocks; null: the backbone's (transformers' VideoMAE: 1e-5).
+            own_class: class tokens of its own stand in the place of the encoder's states of them (MAE-ST).
         """
 
         width: PositiveInt = 512
@@ -64,6 +65,7 @@ class SelfDecoder(nn.Module):
         embed_bias: bool = True
         queries: Literal["all", "asked"] = "all"
         norm_eps: PositiveFloat | None = None
+        own_class: bool = False
 
     reads_any = True
     """It can predict another modality of the same tokenizer, where a target has `decoder: {same_as: ...}`."""
@@ -87,6 +89,11 @@ class SelfDecoder(nn.Module):
         self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
         self.embed = Linear(backbone.width, spec.width, bias=spec.embed_bias)
         self.mask_token = nn.Parameter(torch.empty(1, spec.width))
+        self.class_tokens = self.class_positions = None
+        if spec.own_class and backbone.class_tokens:
+            self.class_tokens = nn.Parameter(torch.empty(backbone.class_tokens, spec.width))
+            if backbone.class_positions:
+                self.class_positions = nn.Parameter(torch.empty(backbone.class_tokens, spec.width))
         self.blocks = nn.ModuleList(
             [
                 Block(spec.width, spec.heads, backbone.mlp_ratio, backbone.norm_eps, backbone.style)
@@ -108,11 +115,19 @@ class SelfDecoder(nn.Module):
             x = block(x, mask, keep if number == self.spec.depth - 1 else None, paths=paths[number])
         return self.output(self.norm(x))
 
+    def _states(self, encoded: Encoded) -> Tensor:
+        """Bring the encoder's states to (B, R + V, d), with class tokens of its own where it has them."""
+        if self.class_tokens is None:
+            return self.embed(encoded.sequence)
+        x, own = self.embed(encoded.states), self.class_tokens
+        own = own if self.class_positions is None else own + self.class_positions
+        return torch.cat([own.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+
     def _all(
         self, encoded: Encoded, own: Tokens, name: str, index: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Return the sequence (B, R + N, d), its positions, the mask of keys, and where the asked-for tokens are."""
-        x, count = self.embed(encoded.sequence), encoded.prefix_count
+        x, count = self._states(encoded), encoded.prefix_count
         rows = torch.cat([x[:, count:], self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
         full = take(rows, restore_index(encoded.plan, name, own.count))
         place = self.positions(own.positions).to(self.mask_token.dtype)
@@ -127,7 +142,7 @@ class SelfDecoder(nn.Module):
         self, encoded: Encoded, own: Tokens, name: str, index: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """As `_all`, with a sequence (B, R + V + T, d)."""
-        x, count = self.embed(encoded.sequence), encoded.prefix_count
+        x, count = self._states(encoded), encoded.prefix_count
         place = self.positions(own.positions).to(self.mask_token.dtype)
         place = torch.cat([take(place, encoded.plan.packed_index()), take(place, index)], dim=1)
         seen, asked = x[:, count:], self.mask_token.expand(len(x), index.shape[1], -1).to(x.dtype)
