@@ -5,6 +5,7 @@ Letters: D width, C channels, h, w patch, N positions of the grid, R prefix toke
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -67,10 +68,7 @@ def cut_of(config: M3Config, name: str, tokenizer: str = "patch") -> Cut:
 
 def values_order(patch: tuple[int, ...], channels: int) -> Tensor:
     """Return where in an order with the channel last each value of our order with the channel first stands."""
-    count = channels
-    for extent in patch:
-        count *= extent
-    return torch.arange(count).reshape(*patch, channels).movedim(-1, 0).flatten()
+    return torch.arange(channels * prod(patch)).reshape(*patch, channels).movedim(-1, 0).flatten()
 
 
 def blocks(theirs: str, ours: str, depth: int, names: dict[str, str]) -> list[Row]:
@@ -115,10 +113,7 @@ def scales(theirs: tuple[str, str], ours: str, depth: int) -> list[Row]:
 
 def patches(theirs: str, ours: str, width: int, kernel: tuple[int, ...], has_bias: bool = True) -> list[Row]:
     """Rows of a convolution (D, C, *kernel) that is our projection (D, C * values of the kernel)."""
-    values = 1
-    for extent in kernel:
-        values *= extent
-    weight = shaped(f"{theirs}.weight", f"{ours}.weight", (width, *kernel), (width, values))
+    weight = shaped(f"{theirs}.weight", f"{ours}.weight", (width, *kernel), (width, prod(kernel)))
     return [weight, one(f"{theirs}.bias", f"{ours}.bias") if has_bias else zeros(f"{ours}.bias", (width,))]
 
 
@@ -133,9 +128,7 @@ def learned(
     theirs: str, ours: str, tokens: tuple[int, ...], prefix: str | None = None, batch: tuple[int, ...] = (1,)
 ) -> Row:
     """Row of a learned table (*batch, R + N, D) that is our (D, *grid), and our positions of prefix tokens."""
-    count = 1
-    for extent in tokens:
-        count *= extent
+    count = prod(tokens)
 
     def read(x: list[Tensor]) -> list[Tensor]:
         table = x[0].reshape(-1, x[0].shape[-1])
