@@ -51,7 +51,8 @@ class SelfDecoder(nn.Module):
             width: d.
             depth: number of blocks.
             heads: attention heads; divides `width`.
-            embed_bias: bias of the layer that brings the encoder's states to `width` (VideoMAE: no).
+            embed: a layer brings the encoder's states to `width`; without, that is the encoder's (Point-MAE).
+            embed_bias: bias of this layer (VideoMAE: no).
             queries: `all`: the sequence holds all N tokens, each hidden one as a mask token (MAE, VideoMAE); `asked`:
                 the visible tokens, and a mask token for each one that is asked for (VideoMAE V2; for a masking with
                 `decode`).
@@ -62,6 +63,7 @@ class SelfDecoder(nn.Module):
         width: PositiveInt = 512
         depth: PositiveInt = 8
         heads: PositiveInt = 16
+        embed: bool = True
         embed_bias: bool = True
         queries: Literal["all", "asked"] = "all"
         norm_eps: PositiveFloat | None = None
@@ -87,7 +89,12 @@ class SelfDecoder(nn.Module):
             )
         self.spec, self.modality, self.backbone = spec, modality, backbone
         self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
-        self.embed = Linear(backbone.width, spec.width, bias=spec.embed_bias)
+        if not spec.embed and spec.width != backbone.width:
+            raise M3Error(
+                f"decoder `self_decoder` without `embed` is as wide as the encoder, {backbone.width}, got {spec.width}."
+            )
+        embed = Linear(backbone.width, spec.width, bias=spec.embed_bias)
+        self.embed = embed if spec.embed else nn.Identity()
         self.mask_token = nn.Parameter(torch.empty(1, spec.width))
         self.class_tokens = self.class_positions = None
         if spec.own_class and backbone.class_tokens:

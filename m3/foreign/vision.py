@@ -13,6 +13,7 @@ from torch import Tensor
 
 from m3.config import M3Config
 from m3.errors import M3Error
+from m3.foreign.checkpoint import Foreign
 from m3.foreign.rows import Row, joined, one, same, shaped, without_key_bias, zeros
 from m3.network import build_modalities
 from m3.parts import build_spec
@@ -64,6 +65,17 @@ def cut_of(config: M3Config, name: str, tokenizer: str = "patch") -> Cut:
     patch = (spec.frames, *patch) if tokenizer == "tube" else patch
     tokens = tuple(extent // own for extent, own in zip(signal.size, patch, strict=True))
     return Cut(signal.channels, signal.size, patch, tokens, entry.get("positions", {}).get("type", "sincos"))
+
+
+def is_sound(foreign: Foreign) -> bool:
+    """Return True for AudioMAE's ViT: one channel, and fixed positions on a grid of eight bands instead of a square."""
+    (_, channels, *_), (_, length, width) = (
+        foreign.shapes.get(name, (0, 0, 0)) for name in ("patch_embed.proj.weight", "pos_embed")
+    )
+    if channels != 1 or length < 9 or length % 8 != 1 or width % 4:
+        return False
+    table = table_of({}, "audio", (length // 8, 8), width, 1)
+    return torch.allclose(foreign.tensors["pos_embed"].float(), table, rtol=0, atol=1e-5)
 
 
 def values_order(patch: tuple[int, ...], channels: int) -> Tensor:

@@ -34,7 +34,8 @@ class Vit(Format):
         """Know it by the names of the first block, and that nothing is there beside the encoder."""
         needed = {"pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
         strangers = ("decoder", "encoder", "attn_pool", "visual", "text")
-        return needed <= foreign.shapes.keys() and not any(name.startswith(strangers) for name in foreign.shapes)
+        is_alone = needed <= foreign.shapes.keys() and not any(name.startswith(strangers) for name in foreign.shapes)
+        return is_alone and not vision.is_sound(foreign)
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
         """Read the sizes off the shapes; mean, deviation and eps are timm's defaults where no config says more."""
