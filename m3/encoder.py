@@ -144,7 +144,7 @@ class Encoder(PreTrainedModel):
             init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d):
             init.ones_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
 from m3.attention import CrossAttention, key_mask
@@ -51,17 +51,23 @@ class SelfDecoder(nn.Module):
             width: d.
             depth: number of blocks.
             heads: attention heads; divides `width`.
-            embed_bias: bias of the layer that brings the encoder's states to `width` (VideoMAE: no).
+            embed: a layer brings the encoder's states to `width`; without, that is the encoder's (Point-MAE).
+            embed_bias: bias of this layer (VideoMAE: no).
             queries: `all`: the sequence holds all N tokens, each hidden one as a mask token (MAE, VideoMAE); `asked`:
                 the visible tokens, and a mask token for each one that is asked for (VideoMAE V2; for a masking with
                 `decode`).
+            norm_eps: epsilon of the norm behind the blocks; null: the backbone's (transformers' VideoMAE: 1e-5).
+            own_class: class tokens of its own stand in the place of the encoder's states of them (MAE-ST).
         """
 
         width: PositiveInt = 512
         depth: PositiveInt = 8
         heads: PositiveInt = 16
+        embed: bool = True
         embed_bias: bool = True
         queries: Literal["all", "asked"] = "all"
+        norm_eps: PositiveFloat | None = None
+        own_class: bool = False
 
     reads_any = True
     """It can predict another modality of the same tokenizer, where a target has `decoder: {same_as: ...}`."""
@@ -83,15 +89,25 @@ class SelfDecoder(nn.Module):
             )
         self.spec, self.modality, self.backbone = spec, modality, backbone
         self.positions = additive(tokenizers[modality], spec.width, backbone.axis_order)
-        self.embed = Linear(backbone.width, spec.width, bias=spec.embed_bias)
+        if not spec.embed and spec.width != backbone.width:
+            raise M3Error(
+                f"decoder `self_decoder` without `embed` is as wide as the encoder, {backbone.width}, got {spec.width}."
+            )
+        embed = Linear(backbone.width, spec.width, bias=spec.embed_bias)
+        self.embed = embed if spec.embed else nn.Identity()
         self.mask_token = nn.Parameter(torch.empty(1, spec.width))
+        self.class_tokens = self.class_positions = None
+        if spec.own_class and backbone.class_tokens:
+            self.class_tokens = nn.Parameter(torch.empty(backbone.class_tokens, spec.width))
+            if backbone.class_positions:
+                self.class_positions = nn.Parameter(torch.empty(backbone.class_tokens, spec.width))
         self.blocks = nn.ModuleList(
             [
                 Block(spec.width, spec.heads, backbone.mlp_ratio, backbone.norm_eps, backbone.style)
                 for _ in range(spec.depth)
             ]
         )
-        self.norm = nn.LayerNorm(spec.width, eps=backbone.norm_eps)
+        self.norm = nn.LayerNorm(spec.width, eps=spec.norm_eps or backbone.norm_eps)
         self.output = Linear(spec.width, outputs)
 
     def forward(self, encoded: Encoded, tokens: dict[str, Tokens], index: Tensor) -> Tensor:
@@ -106,11 +122,19 @@ class SelfDecoder(nn.Module):
             x = block(x, mask, keep if number == self.spec.depth - 1 else None, paths=paths[number])
         return self.output(self.norm(x))
 
+    def _states(self, encoded: Encoded) -> Tensor:
+        """Bring the encoder's states to (B, R + V, d), with class tokens of its own where it has them."""
+        if self.class_tokens is None:
+            return self.embed(encoded.sequence)
+        x, own = self.embed(encoded.states), self.class_tokens
+        own = own if self.class_positions is None else own + self.class_positions
+        return torch.cat([own.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+
     def _all(
         self, encoded: Encoded, own: Tokens, name: str, index: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Return the sequence (B, R + N, d), its positions, the mask of keys, and where the asked-for tokens are."""
-        x, count = self.embed(encoded.sequence), encoded.prefix_count
+        x, count = self._states(encoded), encoded.prefix_count
         rows = torch.cat([x[:, count:], self.mask_token.expand(len(x), 1, -1).to(x.dtype)], dim=1)
         full = take(rows, restore_index(encoded.plan, name, own.count))
         place = self.positions(own.positions).to(self.mask_token.dtype)
@@ -125,7 +149,7 @@ class SelfDecoder(nn.Module):
         self, encoded: Encoded, own: Tokens, name: str, index: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """As `_all`, with a sequence (B, R + V + T, d)."""
-        x, count = self.embed(encoded.sequence), encoded.prefix_count
+        x, count = self._states(encoded), encoded.prefix_count
         place = self.positions(own.positions).to(self.mask_token.dtype)
         place = torch.cat([take(place, encoded.plan.packed_index()), take(place, index)], dim=1)
         seen, asked = x[:, count:], self.mask_token.expand(len(x), index.shape[1], -1).to(x.dtype)

@@ -50,9 +50,9 @@ class Reconstruction:
 class M3Model(Network):
     """One transformer over all modalities of its config: encode, embed, match, reconstruct."""
 
-    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Save config, weights (safetensors) and a model card; options as in transformers."""
-        super().save_pretrained(save_directory, **options)
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **options: Any) -> None:
+        """Save config, weights (safetensors) and a model card; arguments as in transformers."""
+        super().save_pretrained(save_directory, *arguments, **options)
         self._write_card(save_directory)
 
     def describe(self, folder: str | Path, **facts: Any) -> None:

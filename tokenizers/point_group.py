@@ -20,12 +20,22 @@ from m3.points import farthest_points, morton, nearest
 from m3.types import Tokens, take
 
 
+class FrozenBatchNorm(nn.BatchNorm1d):
+    """BatchNorm of the last axis by its running statistics, in training too, which therefore stay as they are."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., D) to (..., D)."""
+        statistics = (self.running_mean, self.running_var)
+        return F.batch_norm(input.flatten(0, -2), *statistics, self.weight, self.bias, eps=self.eps).view_as(input)
+
+
 class PointGroup(Tokenizer):
     """Point-MAE's groups and its embedding (Pang et al. 2022, section 3.1), with one deviation.
 
     BatchNorm is LayerNorm here: Point-MAE's statistics run over the groups of the whole batch, hidden ones
     included, so a sample's tokens would depend on its neighbours in the batch, on how it is cut into
-    micro-batches, and on what the encoder must not see.
+    micro-batches, and on what the encoder must not see. Published weights keep theirs, with statistics that
+    don't move any more.
     """
 
     class Spec(Strict):
@@ -39,12 +49,14 @@ class PointGroup(Tokenizer):
                 is its centre (Point-MAE: a decoder is told where the points it must predict lie); `absolute`:
                 values are coordinates of the cloud, tokens are sorted along a z-order curve, and the position
                 of a token is its place in that order, which says nothing about where the points lie.
+            norm: `layer`, or `frozen_batch`: BatchNorm with the statistics of a trained model, for published weights.
         """
 
         groups: PositiveInt = 64
         neighbours: PositiveInt = 32
         embed_width: tuple[PositiveInt, PositiveInt, PositiveInt] = (128, 256, 512)
         coordinates: Literal["relative", "absolute"] = "relative"
+        norm: Literal["layer", "frozen_batch"] = "layer"
 
     is_lossless = False  # groups overlap, and lack points that no group reaches
 
@@ -61,13 +73,12 @@ class PointGroup(Tokenizer):
         self.reference = () if self.is_relative else (spec.groups,)
         self.value_width = self.output_width = spec.neighbours * signal.channels
         first, second, third = spec.embed_width
-        self.point = nn.Sequential(
-            Linear(signal.channels, first), nn.LayerNorm(first), nn.ReLU(), Linear(first, second)
-        )
+        norm = nn.LayerNorm if spec.norm == "layer" else FrozenBatchNorm
+        self.point = nn.Sequential(Linear(signal.channels, first), norm(first), nn.ReLU(), Linear(first, second))
         # One layer on [maximum of the group, own features], in two parts: the maximum's is computed once a group.
         self.own = Linear(second, third)
         self.shared = Linear(second, third, bias=False)
-        self.norm = nn.LayerNorm(third)
+        self.norm = norm(third)
         self.projection = Linear(third, width)
 
     def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from m3.errors import M3Error
 
-WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "base_model", "net", "target_encoder")
+WRAPPERS = ("model", "module", "state_dict", "model_state_dict", "model_state", "base_model", "net", "target_encoder")
 """Entries of a training checkpoint that hold the tensors: the model's, not the optimizer's."""
 
 PREFIXES = ("module.", "_orig_mod.", "model.")

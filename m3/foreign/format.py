@@ -12,7 +12,11 @@ from m3.errors import M3Error, read_settings
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.rows import Left, Row
 
-HEADS = {192: 3, 384: 6, 512: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
+PLAIN = {"mlp": "gelu", "bias": True, "qk_norm": False, "layer_scale": None, "norm": "pre", "input_norm": False}
+PLAIN |= {"causal": False, "positions_every_block": False, "modality_embedding": False, "class_positions": False}
+"""What the blocks of a plain ViT are made of, as settings of the backbone; for `backbone_of`."""
+
+HEADS = {192: 3, 384: 6, 512: 8, 640: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 """Attention heads of published transformers by their width; no tensor tells."""
 
 
@@ -109,3 +113,23 @@ def get(settings: dict[str, Any], path: str, default: Any = None) -> Any:
             return default
         settings = settings[key]
     return settings
+
+
+def backbone_of(config: M3Config, title: str, **wanted: Any) -> BackboneSpec:
+    """Return the backbone's settings, all of them.
+
+    Args:
+        config: ours.
+        title: what people call the format.
+        wanted: settings that the format can't say otherwise, beside those of a plain ViT.
+
+    Raises:
+        M3Error: a setting is another one, or there are towers.
+    """
+    if config.towers:
+        raise M3Error(f"{title} is one transformer; it has no place for `towers`.")
+    spec = read_settings(BackboneSpec, config.backbone or {}, "backbone")
+    for name, value in (PLAIN | wanted).items():
+        if getattr(spec, name) != value:
+            raise M3Error(f"backbone.{name} is {getattr(spec, name)}, and {title} knows {value} only.")
+    return spec

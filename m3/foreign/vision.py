@@ -5,12 +5,18 @@ Letters: D width, C channels, h, w patch, N positions of the grid, R prefix toke
 
 from __future__ import annotations
 
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from m3.foreign.rows import Row, joined, one, same, shaped, zeros
+from m3.config import M3Config
+from m3.errors import M3Error
+from m3.foreign.checkpoint import Foreign
+from m3.foreign.rows import Row, joined, one, same, shaped, without_key_bias, zeros
+from m3.network import build_modalities
+from m3.parts import build_spec
 from m3.positions import grid, sincos
 
 TIMM = {
@@ -29,6 +35,57 @@ NO_SCALE = 1e-30
 def pair(size: Any) -> tuple[int, int]:
     """Read one number as a square."""
     return (size, size) if isinstance(size, int) else tuple(size)
+
+
+class Cut(NamedTuple):
+    """How a modality is cut into tokens.
+
+    Attributes:
+        channels: C.
+        size: of the signal along its axes.
+        patch: of a token along these axes.
+        tokens: how many there are along these axes.
+        positions: kind of the positions.
+    """
+
+    channels: int
+    size: tuple[int, ...]
+    patch: tuple[int, ...]
+    tokens: tuple[int, ...]
+    positions: str
+
+
+def cut_of(config: M3Config, name: str, tokenizer: str = "patch") -> Cut:
+    """Return how a modality of our config is cut.
+
+    Raises:
+        M3Error: the modality is not there, or has another tokenizer.
+    """
+    entry = (config.modalities or {}).get(name, {})
+    if entry.get("tokenizer", {}).get("type") != tokenizer:
+        raise M3Error(f"the format needs the modality `{name}` with the tokenizer `{tokenizer}`.")
+    signal = build_modalities({name: entry})[name].signal
+    spec: Any = build_spec("tokenizers", entry["tokenizer"], f"modalities.{name}.tokenizer")[1]
+    patch = (spec.size, spec.size) if isinstance(spec.size, int) else tuple(spec.size)
+    patch = (spec.frames, *patch) if tokenizer == "tube" else patch
+    tokens = tuple(extent // own for extent, own in zip(signal.size, patch, strict=True))
+    return Cut(signal.channels, signal.size, patch, tokens, entry.get("positions", {}).get("type", "sincos"))
+
+
+def is_sound(foreign: Foreign) -> bool:
+    """Return True for AudioMAE's ViT: one channel, and fixed positions on a grid of eight bands instead of a square."""
+    (_, channels, *_), (_, length, width) = (
+        foreign.shapes.get(name, (0, 0, 0)) for name in ("patch_embed.proj.weight", "pos_embed")
+    )
+    if channels != 1 or length < 9 or length % 8 != 1 or width % 4:
+        return False
+    table = table_of({}, (length // 8, 8), width, 1)
+    return torch.allclose(foreign.tensors["pos_embed"].float(), table, rtol=0, atol=1e-5)
+
+
+def values_order(patch: tuple[int, ...], channels: int) -> Tensor:
+    """Return where in an order with the channel last each value of our order with the channel first stands."""
+    return torch.arange(channels * prod(patch)).reshape(*patch, channels).movedim(-1, 0).flatten()
 
 
 def blocks(theirs: str, ours: str, depth: int, names: dict[str, str]) -> list[Row]:
@@ -55,6 +112,13 @@ def split(theirs: tuple[str, ...], ours: str, depth: int, parts: tuple[str, ...]
     ]
 
 
+def unbiased_keys(query: str, value: str, ours: str, depth: int) -> list[Row]:
+    """Rows of the biases of queries and values, where their keys have none."""
+    return [
+        without_key_bias(query.format(n), value.format(n), f"{ours.format(n)}.attention.qkv.bias") for n in range(depth)
+    ]
+
+
 def scales(theirs: tuple[str, str], ours: str, depth: int) -> list[Row]:
     """Rows of LayerScale."""
     return [
@@ -66,10 +130,7 @@ def scales(theirs: tuple[str, str], ours: str, depth: int) -> list[Row]:
 
 def patches(theirs: str, ours: str, width: int, kernel: tuple[int, ...], has_bias: bool = True) -> list[Row]:
     """Rows of a convolution (D, C, *kernel) that is our projection (D, C * values of the kernel)."""
-    values = 1
-    for extent in kernel:
-        values *= extent
-    weight = shaped(f"{theirs}.weight", f"{ours}.weight", (width, *kernel), (width, values))
+    weight = shaped(f"{theirs}.weight", f"{ours}.weight", (width, *kernel), (width, prod(kernel)))
     return [weight, one(f"{theirs}.bias", f"{ours}.bias") if has_bias else zeros(f"{ours}.bias", (width,))]
 
 
@@ -84,9 +145,7 @@ def learned(
     theirs: str, ours: str, tokens: tuple[int, ...], prefix: str | None = None, batch: tuple[int, ...] = (1,)
 ) -> Row:
     """Row of a learned table (*batch, R + N, D) that is our (D, *grid), and our positions of prefix tokens."""
-    count = 1
-    for extent in tokens:
-        count *= extent
+    count = prod(tokens)
 
     def read(x: list[Tensor]) -> list[Tensor]:
         table = x[0].reshape(-1, x[0].shape[-1])

@@ -31,7 +31,8 @@ class Mae(Format):
 
     def fits(self, foreign: Foreign) -> bool:
         """Know it by the decoder's names."""
-        return {"decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight", "pos_embed"} <= foreign.shapes.keys()
+        needed = {"decoder_embed.weight", "decoder_blocks.0.attn.qkv.weight", "pos_embed"}
+        return needed <= foreign.shapes.keys() and not vision.is_sound(foreign)
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
         """Read the sizes off the shapes; 16 heads in the decoder and normalised targets are the paper's."""

@@ -35,7 +35,8 @@ class Vit(Format):
         """Know it by the names of the first block, and that nothing is there beside the encoder."""
         needed = {"pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
         strangers = ("decoder", "encoder", "attn_pool", "visual", "text")
-        return needed <= foreign.shapes.keys() and not any(name.startswith(strangers) for name in foreign.shapes)
+        is_alone = needed <= foreign.shapes.keys() and not any(name.startswith(strangers) for name in foreign.shapes)
+        return is_alone and not vision.is_sound(foreign)
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
         """Read the sizes off the shapes; mean, deviation and eps are timm's defaults where no config says more."""
@@ -88,9 +89,13 @@ def encoder_of(foreign: Foreign, given: dict[str, Any]) -> tuple[dict[str, Any],
     image |= {name: tuple(get(foreign.settings, f"pretrained_cfg.{name}")) for name in ("mean", "std")
               if get(foreign.settings, f"pretrained_cfg.{name}")}  # fmt: skip
     image["tokenizer"] = {"type": "patch", "size": patch}
-    if not is_fixed(foreign.tensors["pos_embed"], (side, side), own):
+    table = foreign.tensors["pos_embed"]
+    order = next((order for order in ("xy", "yx") if is_fixed(table, (side, side), own, order)), None)
+    if order is None:
         image["positions"] = {"type": "learned"}
         backbone["class_positions"] = bool(own)
+    elif order == "yx":  # MultiMAE's, written as a ViT
+        backbone["axis_order"] = order
     return image, backbone
 
 
@@ -126,12 +131,13 @@ def encoder_rows(config: M3Config, theirs: str = "") -> list[Row]:
     return rows
 
 
-def is_fixed(table: Tensor, tokens: tuple[int, int], prefix: int) -> bool:
-    """Return True where a table (1, R + N, D) is MAE's fixed one."""
+def is_fixed(table: Tensor, tokens: tuple[int, int], prefix: int, order: str = "xy") -> bool:
+    """Return True where a table (1, R + N, D) is MAE's fixed one, or with order `yx` MultiMAE's."""
     width = table.shape[-1]
     if width % 4:
         return False
-    return torch.allclose(table.float(), vision.table_of({}, tokens, width, prefix), rtol=0, atol=1e-6)
+    found = vision.table_of({"axis_order": order}, tokens, width, prefix)
+    return torch.allclose(table.float(), found, rtol=0, atol=1e-6)
 
 
 def square_or_none(count: int) -> int | None:

@@ -136,7 +136,7 @@ def encoder_rows(image: dict[str, Any], backbone: dict[str, Any]) -> list[Row]:
     if backbone.get("class_positions"):
         position = vision.learned(places, "positions.image.table", tokens, "backbone.prefix_positions")
     else:
-        position = computed(places, vision.table_of(backbone, "image", tokens, width, 1))
+        position = computed(places, vision.table_of(backbone, tokens, width, 1))
     kernel = (image.get("channels", 3), *patch)
     return [
         *vision.patches("vit.embeddings.patch_embeddings.projection", "tokenizers.image.projection", width, kernel),
