@@ -26,8 +26,9 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from m3 import formats
+from m3.backbone import BackboneSpec, TowerSpec
 from m3.config import M3Config
-from m3.errors import M3Error, nearest, within
+from m3.errors import M3Error, nearest, read_settings, within
 from m3.foreign.adapt import adapt, keep_coordinates
 from m3.foreign.checkpoint import Foreign, read_foreign
 from m3.foreign.format import Format
@@ -84,7 +85,7 @@ def convert(path: str | Path, overrides: Sequence[str] = (), format: str | None 
     with within(f"{path} ({form.title})"):
         sections = form.config(foreign, given)
         sections["modalities"] = {n: resolved(s, f"modalities.{n}") for n, s in sections["modalities"].items()}
-        config = M3Config(**sections)
+        config = _whole(M3Config(**sections))
         rows = form.rows(config)
         notes = form.notes(foreign, config)
     model = _empty(config)
@@ -127,7 +128,7 @@ def save(model: M3Model, out: str | Path, format: str) -> Path:
         M3Error: the format can't hold the model.
     """
     form, out = _format(format), Path(out)
-    config: M3Config = model.config  # type: ignore[assignment]  # PreTrainedModel forgets its class
+    config = _whole(model.config)  # type: ignore[arg-type]  # PreTrainedModel forgets its class
     with within(f"{format} ({form.title})"):
         tensors = write_rows(form.rows(config), model.state_dict(), form.title)
     if out.suffix in (".pth", ".pt", ".bin"):
@@ -186,6 +187,18 @@ def _recognised(foreign: Foreign, wanted: str | None) -> tuple[str, Format, Fore
     first = ", ".join(list(foreign.shapes)[:3])
     known = wanted or ", ".join(names())
     raise M3Error(f"{foreign.where} has names such as {first}, which is none of the formats that are read ({known}).")
+
+
+def _whole(config: M3Config) -> M3Config:
+    """Return the config with all defaults of its transformers written out."""
+    towers = {
+        name: read_settings(TowerSpec, tower, f"towers.{name}").model_dump(mode="json")
+        for name, tower in (config.towers or {}).items()
+    }
+    backbone = read_settings(BackboneSpec, config.backbone or {}, "backbone").model_dump(mode="json")
+    return M3Config(
+        modalities=config.modalities, backbone=backbone, towers=towers, objectives=config.objectives, seed=config.seed
+    )
 
 
 def _empty(config: M3Config) -> M3Model:

@@ -172,7 +172,7 @@ def _cut(config: M3Config, name: str) -> vision.Cut | None:
 
 def _table(tokens: tuple[int, ...], width: int) -> Tensor:
     """Return its positions (1, D, rows, columns); the first channels encode the row."""
-    flat = vision.table_of({"axis_order": "yx"}, "", tokens, width, 0)
+    flat = vision.table_of({"axis_order": "yx"}, tokens, width, 0)
     return flat.transpose(1, 2).reshape(1, width, *tokens)
 
 
