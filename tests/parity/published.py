@@ -63,6 +63,16 @@ def assert_refuses(folder: Path, weights: str, missing: str) -> None:
     save_file(state, folder / weights)
 
 
+def word_pieces(count: int) -> str:
+    """Return the tokenizer.json of a vocabulary with BERT's marks and the words w0, w1 ..., `count` in all."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(count - 5))]
+    tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    return tokenizer.to_str()
+
+
 @contextmanager
 def quietly() -> Iterator[None]:
     """Leave out transformers' progress bars and reports."""

@@ -9,6 +9,7 @@ from m3 import convert
 from m3.foreign.checkpoint import Foreign
 
 NAMES = {
+    "bert": ["embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight"],
     "clip": ["vision_model.pre_layrnorm.weight", "text_model.final_layer_norm.weight", "logit_scale"],
     "dinov2": ["embeddings.mask_token", "embeddings.cls_token", "encoder.layer.0.layer_scale1.lambda1"],
     "hf_vit": ["embeddings.cls_token", "encoder.layer.0.layernorm_before.weight", "layernorm.weight"],
