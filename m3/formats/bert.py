@@ -86,7 +86,7 @@ class Bert(Format):
         rows = [
             *text_rows("bert.embeddings", text, has_head),
             _types(backbone["width"]),
-            *same("bert.embeddings.LayerNorm", "backbone.input_norm"),
+            *same("bert.embeddings.LayerNorm", "input_norms.text"),
             *block_rows("bert.encoder.layer.{}", backbone["depth"]),
         ]
         return [*rows, *head_rows()] if has_head else rows
@@ -111,7 +111,7 @@ class Bert(Format):
 STYLE = {
     "class_tokens": 0,
     "norm": "post",
-    "input_norm": True,
+    "input_norm": "modality",
     "final_norm": False,
     "modality_embedding": True,
 }
@@ -187,7 +187,7 @@ def _parts(config: M3Config) -> tuple[dict[str, Any], dict[str, Any]]:
     is_tied = decoder.get("tied") and decoder.get("hidden") == backbone["width"] and backbone["mlp"] == "gelu"
     if not is_known or (objectives and not is_tied):
         raise M3Error(
-            f"{TITLE} is one post-norm transformer of `text` with class_tokens: 0, input_norm and modality_embedding, "
-            f"without objectives or with one `words` whose head is tied and as wide; this model is another."
+            f"{TITLE} is one post-norm transformer of `text` with class_tokens: 0, input_norm: modality and "
+            f"modality_embedding, without objectives or with one `words` whose head is tied and as wide; this model is another."
         )
     return modalities["text"], backbone

@@ -15,6 +15,7 @@ NAMES = {
     "hf_vit": ["embeddings.cls_token", "encoder.layer.0.layernorm_before.weight", "layernorm.weight"],
     "open_clip_siglip": ["visual.trunk.attn_pool.latent", "text.token_embedding.weight", "logit_bias"],
     "siglip": ["vision_model.head.probe", "text_model.head.weight", "logit_bias"],
+    "uniter": ["uniter.embeddings.word_embeddings.weight", "uniter.img_embeddings.img_linear.weight"],
     "open_clip": ["visual.class_embedding", "visual.conv1.weight", "token_embedding.weight", "text_projection"],
 }
 """Format -> a few of its names, enough to be known by."""
