@@ -188,6 +188,7 @@ def _parts(config: M3Config) -> tuple[dict[str, Any], dict[str, Any]]:
     if not is_known or (objectives and not is_tied):
         raise M3Error(
             f"{TITLE} is one post-norm transformer of `text` with class_tokens: 0, input_norm: modality and "
-            f"modality_embedding, without objectives or with one `words` whose head is tied and as wide; this model is another."
+            f"modality_embedding, without objectives or with one `words` whose head is tied and as wide; this model is "
+            f"another."
         )
     return modalities["text"], backbone

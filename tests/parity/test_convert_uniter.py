@@ -30,13 +30,9 @@ def shapes() -> dict[str, tuple[int, ...]]:
     norms = [f"uniter.img_embeddings.{name}" for name in ("img_layer_norm", "pos_layer_norm", "LayerNorm")]
     norms += ["uniter.embeddings.LayerNorm", "cls.predictions.transform.LayerNorm"]
     norms += ["feat_regress.net.2", "region_classifier.net.2"]
-    for name in (
-        "uniter.pooler.dense",
-        "cls.predictions.transform.dense",
-        "feat_regress.net.0",
-        "region_classifier.net.0",
-    ):
+    for name in ("uniter.pooler.dense", "cls.predictions.transform.dense"):
         linear[name] = (D, D)
+    linear |= {"feat_regress.net.0": (D, D), "region_classifier.net.0": (D, D)}
     linear |= {"region_classifier.net.3": (CLASSES, D), "itm_output": (2, D)}
     for n in range(DEPTH):
         block = f"uniter.encoder.layer.{n}"
@@ -84,9 +80,9 @@ class Slow:
         return self.norm(f"{e}.LayerNorm", x + self.p[f"{e}.token_type_embeddings.weight"][0])
 
     def regions(self, table: Tensor, is_hidden: Tensor) -> Tensor:
-        e, features, box = "uniter.img_embeddings", table[:, :-4], table[:, -4:]
+        e, features, box = "uniter.img_embeddings", table[:, :-4].double(), table[:, -4:]
         size = box[:, 2:] - box[:, :2]
-        seven = torch.cat([box, size, size[:, :1] * size[:, 1:]], dim=1)
+        seven = torch.cat([box, size, size[:, :1] * size[:, 1:]], dim=1).double()  # measured in float32
         features = features * ~is_hidden[:, None] + self.p[f"{e}.mask_embedding.weight"][is_hidden.long()]
         x = self.norm(f"{e}.img_layer_norm", self.linear(f"{e}.img_linear", features))
         x = x + self.norm(f"{e}.pos_layer_norm", self.linear(f"{e}.pos_linear", seven))
@@ -157,7 +153,7 @@ def test_states_and_matching_are_the_same_and_every_tensor_goes_back(folder: Pat
     states, matched = model.encode(batch_of(model)).states, model.match(batch_of(model))
     for i, (ids, table) in enumerate(zip(TOKENS, tables(), strict=True)):
         none = torch.zeros(len(table), dtype=torch.bool)
-        expected = slow.encode(slow.text(ids), slow.regions(table.double(), none))
+        expected = slow.encode(slow.text(ids), slow.regions(table, none))
         torch.testing.assert_close(states[i, : len(expected)], expected, rtol=0, atol=1e-9)
         assert matched[i].item() == pytest.approx(slow.match(expected).item(), abs=1e-7)
 
@@ -180,7 +176,7 @@ def test_what_the_heads_say_of_hidden_words_and_regions_is_the_same(folder: Path
         found = decoder(encoded, tokens, everything)
     for i, (ids, table) in enumerate(zip(TOKENS, tables(), strict=True)):
         shown = [4 if hidden["text"][k] else number for k, number in enumerate(ids)]
-        states = slow.encode(slow.text(shown), slow.regions(table.double(), hidden["regions"][: len(table)]))
+        states = slow.encode(slow.text(shown), slow.regions(table, hidden["regions"][: len(table)]))
         own = states[: len(ids)] if name == "words" else states[len(ids) :]
         torch.testing.assert_close(found[i, : len(own)], getattr(slow, name)(own), rtol=0, atol=1e-9)
 
