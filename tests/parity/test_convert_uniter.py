@@ -181,6 +181,25 @@ def test_what_the_heads_say_of_hidden_words_and_regions_is_the_same(folder: Path
         torch.testing.assert_close(found[i, : len(own)], getattr(slow, name)(own), rtol=0, atol=1e-9)
 
 
+def test_it_goes_on_training_and_every_part_learns(folder: Path) -> None:
+    model: Any = convert.load(folder, [f"backbone.heads={HEADS}", "objectives.match.swap.group=3"])
+    generator = torch.Generator().manual_seed(4)
+    labels = [torch.cat([torch.rand(len(x), CLASSES, generator=generator).softmax(-1), x[:, -4:]], 1) for x in tables()]
+    regions, tables_of_labels = ([x.numpy() for x in part] for part in (tables(), labels))
+    batch = M3Processor(model.config.modalities)(text=SENTENCES, regions=regions, region_labels=tables_of_labels)
+    model.train()(batch).loss.backward()
+    unused = {name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())}
+    assert unused == set()
+    assert model.get_parameter("tokenizers.regions.mask_values").grad.shape == (1, FEATURES)
+    assert "regions" not in model.mask_tokens
+
+
+def test_a_frozen_backbone_freezes_the_norms_before_it(folder: Path) -> None:
+    model = convert.load(folder, [f"backbone.heads={HEADS}", "backbone.frozen=true"])
+    learning = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning == {"objectives"}
+
+
 def test_the_encoder_alone(folder: Path) -> None:
     """As fine-tuned models hold it, with another head."""
     state = {name: x for name, x in weights().items() if name.startswith("uniter.")}
