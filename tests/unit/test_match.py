@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -312,7 +313,7 @@ def test_the_input_norm_reaches_prefix_and_tokens() -> None:
 
 
 def test_an_input_norm_of_each_modality_leaves_class_tokens_as_they_are() -> None:
-    model = make({"input_norm": "modality", "norm": "post", "final_norm": False, "depth": 1}, match=MATCH).double()
+    model: Any = make({"input_norm": "modality", "norm": "post", "final_norm": False, "depth": 1}, match=MATCH).double()
     names = list(model.inputs)
     assert list(model.input_norms) == names
     with torch.no_grad():
