@@ -79,7 +79,7 @@ class BackboneSpec(Strict):
             CLIP); a token and its position are only ever added up.
         final_norm: LayerNorm after the last block (MAE: yes, MultiMAE: no).
         input_norm: LayerNorm of the embedded tokens, class tokens included, before the first block (BERT; CLIP's
-            `ln_pre` of images).
+            `ln_pre` of images); `modality`: one for the tokens of each modality, and none for class tokens (UNITER).
         causal: every token attends to those before it only (CLIP's text); goes with class_tokens: 0.
         frozen: leave its weights, and those that lead into it, as they are (Zhai et al. 2021, LiT).
         norm_eps: LayerNorm's epsilon.
@@ -104,7 +104,7 @@ class BackboneSpec(Strict):
     class_tokens: NonNegativeInt = 1
     class_positions: bool = False
     final_norm: bool = True
-    input_norm: bool = False
+    input_norm: bool | Literal["modality"] = False
     causal: bool = False
     frozen: bool = False
     norm_eps: PositiveFloat = 1e-6
@@ -281,7 +281,8 @@ class Backbone(nn.Module):
         self.prefix = nn.Parameter(torch.empty(spec.class_tokens, spec.width)) if spec.class_tokens else None
         has_places = self.prefix is not None and spec.class_positions
         self.prefix_positions = nn.Parameter(torch.empty(spec.class_tokens, spec.width)) if has_places else None
-        self.input_norm = nn.LayerNorm(spec.width, eps=spec.norm_eps, bias=spec.bias) if spec.input_norm else None
+        has_norm = spec.input_norm is True  # those of modalities stand before, in the network
+        self.input_norm = nn.LayerNorm(spec.width, eps=spec.norm_eps, bias=spec.bias) if has_norm else None
         self.blocks = nn.ModuleList(
             [Block(spec.width, spec.heads, spec.mlp_ratio, spec.norm_eps, spec.style) for _ in range(spec.depth)]
         )

@@ -39,7 +39,9 @@ class Encoder(PreTrainedModel):
         tokenizers: modality -> what embeds its tokens.
         positions: modality -> embedding of their places.
         modality_embeddings: modality -> (1, D), where its tower has them.
-        mask_tokens: modality -> (1, D), where some view replaces hidden tokens.
+        mask_tokens: modality -> (1, D), where some view replaces hidden tokens and their tokenizer has no
+            `mask_values`.
+        input_norms: modality -> LayerNorm of its tokens, where its tower has one for each.
         towers: name -> transformer of its own for some modalities.
         backbone: the shared transformer; None: no objective has a view.
         marks: what is added to embedded tokens.
@@ -53,6 +55,7 @@ class Encoder(PreTrainedModel):
     positions: nn.ModuleDict
     modality_embeddings: nn.ParameterDict
     mask_tokens: nn.ParameterDict
+    input_norms: nn.ModuleDict
     towers: nn.ModuleDict
     backbone: Backbone | None
     marks: Marks
@@ -87,7 +90,8 @@ class Encoder(PreTrainedModel):
                 angles[name] = take(table, plan.place.get(name, index)).expand(len(x), -1, -1)
             elif tower.spec.positions_every_block:
                 places[name] = self.marks.place(name, tokens[name], plan)
-            slots[name] = (x + self.marks.of(name, tokens[name], plan)).to(self.dtype)
+            x = x + self.marks.of(name, tokens[name], plan)
+            slots[name] = (self.input_norms[name](x) if name in self.input_norms else x).to(self.dtype)
         again = turns = None
         if tower.spec.positions_every_block:
             again = plan.pack({name: places.get(name, torch.zeros_like(x)).to(x.dtype) for name, x in slots.items()})
@@ -100,7 +104,11 @@ class Encoder(PreTrainedModel):
         """Embed token values (B, S, P) -> (B, S, D); `shown` (B, S) says where something else stands in for them."""
         if shown is not None and not values.is_floating_point():
             values = torch.where((shown >= 0).unsqueeze(-1), shown.unsqueeze(-1), values)
-        x = self._tokenizer(name).embed(values.to(self.dtype) if values.is_floating_point() else values)
+        tokenizer = self._tokenizer(name)
+        values = values.to(self.dtype) if values.is_floating_point() else values
+        if shown is not None and tokenizer.mask_values is not None:
+            values = torch.where((shown == HIDDEN).unsqueeze(-1), tokenizer.mask_values.to(values.dtype), values)
+        x = tokenizer.embed(values)
         if shown is not None and name in self.mask_tokens:
             x = torch.where((shown == HIDDEN).unsqueeze(-1), self.mask_tokens[name].to(x.dtype), x)
         return x
@@ -127,7 +135,7 @@ class Encoder(PreTrainedModel):
     def _freeze(self, towers: set[str]) -> None:
         """Take frozen towers (empty name: the backbone), with all that leads into them, out of training."""
         for name in (name for name, tower in self.tower_of.items() if tower in towers):
-            for part in (self.tokenizers, self.positions, self.modality_embeddings, self.mask_tokens):
+            for part in (self.tokenizers, self.positions, self.modality_embeddings, self.mask_tokens, self.input_norms):
                 if name in part:
                     part[name].requires_grad_(False)
         for tower, part in {"": self.backbone, **dict(self.towers.items())}.items():

@@ -140,6 +140,7 @@ class Network(Encoder):
         """Make the transformers that the views need, with what is added to tokens; return what the views read."""
         self.modality_embeddings = nn.ParameterDict()
         self.mask_tokens = nn.ParameterDict()
+        self.input_norms = nn.ModuleDict()
         self.towers = nn.ModuleDict()
         self.backbone = None  # objectives without views bring their own network
         seen = dict.fromkeys(name for view in self.views for name in view.modalities)
@@ -153,7 +154,9 @@ class Network(Encoder):
                 self.positions[name] = build_positions(self._tokenizer(name), tower.width, tower.axis_order)
             if tower.modality_embedding:
                 self.modality_embeddings[name] = nn.Parameter(torch.empty(1, tower.width))
-            if name in hidden:
+            if tower.input_norm == "modality":
+                self.input_norms[name] = nn.LayerNorm(tower.width, eps=tower.norm_eps, bias=tower.bias)
+            if name in hidden and self._tokenizer(name).mask_values is None:
                 self.mask_tokens[name] = nn.Parameter(torch.empty(1, tower.width))
         for tower in dict.fromkeys(self.tower_of[name] for name in seen):
             if tower:

@@ -203,6 +203,8 @@ class Tokenizer(nn.Module, ABC):
         """The `BackboneSpec` of the transformer that reads the modality; set by the model like `positions`."""
         self.modality: Any = None
         """The `Modality` whose signals it cuts; set by the model like `positions`."""
+        self.mask_values: nn.Parameter | None = None
+        """(1, P) learned values that stand in for those of hidden tokens; None: a learned vector (1, D) does."""
         self.pinned: dict[str, Any] = {}
         """Settings that are known only once it is built, e.g. the hash of frozen weights; saved in the config."""
 

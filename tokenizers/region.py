@@ -25,7 +25,14 @@ class Region(Tokenizer):
     """
 
     class Spec(Strict):
-        """Settings of `type: region`; it has none."""
+        """Settings of `type: region`.
+
+        Attributes:
+            mask_values: hidden regions are learned values, which are projected as those of others are (UNITER's code);
+                else a learned vector stands in for what is projected.
+        """
+
+        mask_values: bool = False
 
     axes = 7
 
@@ -37,6 +44,8 @@ class Region(Tokenizer):
         self.value_width = self.output_width = signal.channels - 4
         self.projection = Linear(self.value_width, width)
         self.norm = nn.LayerNorm(width, eps=EPS)
+        if spec.mask_values:
+            self.mask_values = nn.Parameter(torch.empty(1, self.value_width))
 
     def tokenize(self, signal: Tensor, times: Tensor | None = None) -> Tokens:
         """Read (B, N, F + 4), NaN where there is no region -> values (B, N, F), positions (B, N, 7)."""

@@ -58,20 +58,26 @@ def clip_text(count: int, length: int, given: str | None) -> dict[str, Any]:
 
 
 def siglip_text(count: int, length: int, given: str | None, where: str) -> dict[str, Any]:
-    """Return `text_of` with the vocabulary that the user gave or that lies in the folder, filled up with its mark.
-
-    Raises:
-        M3Error: there is neither.
-    """
-    names = ("tokenizer.json", "spiece.model")
-    vocabulary = given or next((str(Path(where, name)) for name in names if Path(where, name).is_file()), None)
-    if vocabulary is None:
-        raise M3Error(_unknown_words(count))
+    """Return `text_of` with the vocabulary of `vocabulary_in`, filled up with its mark."""
+    vocabulary = vocabulary_in(where, given, count)
     words = open_vocabulary(describe(vocabulary))
     for end, fill in (("</s>", "</s>"), ("<eos>", "<pad>")):  # the first version's words, the second's
         if words.number(end) is not None:
             return text_of(vocabulary, length, end=end, fill=fill)
     return text_of(vocabulary, length)
+
+
+def vocabulary_in(where: str, given: str | None, count: int) -> str:
+    """Return the vocabulary that the user gave, or the path of that in the folder.
+
+    Raises:
+        M3Error: there is neither.
+    """
+    names = ("tokenizer.json", "spiece.model")
+    found = given or next((str(Path(where, name)) for name in names if Path(where, name).is_file()), None)
+    if found is None:
+        raise M3Error(_unknown_words(count))
+    return found
 
 
 def _unknown_words(count: int) -> str:
@@ -180,6 +186,18 @@ def scale_rows(contrast: dict[str, Any], shape: tuple[int, ...] = ()) -> list[Ro
 def vocabulary_size(text: dict[str, Any]) -> int:
     """Return K."""
     return open_vocabulary(describe(text["vocabulary"])).size
+
+
+def number_of(text: dict[str, Any], token: str) -> int:
+    """Return the id of a token.
+
+    Raises:
+        M3Error: the vocabulary has none.
+    """
+    number = open_vocabulary(describe(text["vocabulary"])).number(token)
+    if number is None:
+        raise M3Error(f"the vocabulary has no `{token}`; give the model's own by modalities.text.vocabulary.")
+    return number
 
 
 def mark_ids(text: dict[str, Any], **marks: str) -> dict[str, int]:

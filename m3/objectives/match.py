@@ -10,6 +10,7 @@ Letters: B batch, V visible tokens, N tokens of a modality, D width.
 from __future__ import annotations
 
 import json
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,11 +38,13 @@ class Match(Objective):
             modalities: the two that are joined.
             swap: which one is borrowed and from whom, see `m3.partners.Swap`; `by` names an objective of type
                 `contrast` for negatives that are hard to tell.
+            pool: what tells: the class token, or the `first` token (BERT's [CLS], of a text that comes first).
             alignment: weight of the transport cost between the tokens of the two (UNITER: 0.1); 0: no such part.
         """
 
         modalities: tuple[str, str]
         swap: Swap
+        pool: Literal["class", "first"] = "class"
         alignment: NonNegativeFloat = 0.0
 
     def __init__(self, spec: Spec, tokenizers: dict[str, Tokenizer], backbone: BackboneSpec) -> None:
@@ -50,7 +53,7 @@ class Match(Objective):
         for name in spec.modalities:
             check_modality("modalities", name, tokenizers)
         tower = tokenizers[spec.modalities[0]].tower
-        if not tower.class_tokens:
+        if spec.pool == "class" and not tower.class_tokens:
             raise M3Error("`match` reads the class token; set class_tokens: 1 in the backbone.")
         masking = json.dumps({"type": "fixed", "visible": 1.0}, sort_keys=True)
         self.view = View(spec.modalities, masking, json.dumps(spec.swap.model_dump(), sort_keys=True))
@@ -80,7 +83,8 @@ class Match(Objective):
 
     def scores(self, encoded: Encoded) -> Tensor:
         """Return logits (B, 2): don't belong together, do."""
-        return self.output(self.pooler(encoded.prefix[:, 0]).tanh())
+        state = encoded.prefix[:, 0] if self.spec.pool == "class" else encoded.states[:, 0]
+        return self.output(self.pooler(state).tanh())
 
     def probability(self, encoded: Encoded) -> Tensor:
         """Return (B,) the probability in [0, 1] that what was encoded belongs together."""

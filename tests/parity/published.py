@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,18 +49,28 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], value), name
 
 
-def assert_refuses(folder: Path, weights: str, missing: str) -> None:
+def assert_refuses(folder: Path, weights: str, missing: str, given: Sequence[str] = ()) -> None:
     """A checkpoint that lacks a tensor, and one with a strange one, is refused by the tensor's name."""
     state = load_file(folder / weights)
     save_file({**state, "something.strange": torch.zeros(1)}, folder / weights)
     with pytest.raises(M3Error, match=r"no place for `something\.strange`"):
-        convert.convert(folder)
+        convert.convert(folder, given)
     left = {name: x for name, x in state.items() if not missing.endswith(name)}
     assert len(left) == len(state) - 1
     save_file(left, folder / weights)
     with pytest.raises(M3Error, match=f"`{missing}` is missing"):
-        convert.convert(folder)
+        convert.convert(folder, given)
     save_file(state, folder / weights)
+
+
+def word_pieces(count: int) -> str:
+    """Return the tokenizer.json of a vocabulary with BERT's marks and the words w0, w1 ..., `count` in all."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"w{number}" for number in range(count - 5))]
+    tokenizer = Tokenizer(models.WordPiece({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()  # type: ignore[assignment]
+    return tokenizer.to_str()
 
 
 @contextmanager

@@ -9,11 +9,13 @@ from m3 import convert
 from m3.foreign.checkpoint import Foreign
 
 NAMES = {
+    "bert": ["embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight"],
     "clip": ["vision_model.pre_layrnorm.weight", "text_model.final_layer_norm.weight", "logit_scale"],
     "dinov2": ["embeddings.mask_token", "embeddings.cls_token", "encoder.layer.0.layer_scale1.lambda1"],
     "hf_vit": ["embeddings.cls_token", "encoder.layer.0.layernorm_before.weight", "layernorm.weight"],
     "open_clip_siglip": ["visual.trunk.attn_pool.latent", "text.token_embedding.weight", "logit_bias"],
     "siglip": ["vision_model.head.probe", "text_model.head.weight", "logit_bias"],
+    "uniter": ["uniter.embeddings.word_embeddings.weight", "uniter.img_embeddings.img_linear.weight"],
     "open_clip": ["visual.class_embedding", "visual.conv1.weight", "token_embedding.weight", "text_projection"],
 }
 """Format -> a few of its names, enough to be known by."""

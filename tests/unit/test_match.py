@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -309,6 +310,20 @@ def test_the_input_norm_reaches_prefix_and_tokens() -> None:
     (x,) = seen
     torch.testing.assert_close(x.mean(-1), torch.zeros(x.shape[:2], dtype=torch.float64), atol=1e-9, rtol=0)
     torch.testing.assert_close(x.square().mean(-1), torch.ones(x.shape[:2], dtype=torch.float64), atol=0.05, rtol=0)
+
+
+def test_an_input_norm_of_each_modality_leaves_class_tokens_as_they_are() -> None:
+    model: Any = make({"input_norm": "modality", "norm": "post", "final_norm": False, "depth": 1}, match=MATCH).double()
+    names = list(model.inputs)
+    assert list(model.input_norms) == names
+    with torch.no_grad():
+        model.input_norms[names[0]].bias.fill_(5.0)
+    seen = []
+    model.backbone.blocks[0].register_forward_hook(lambda _, given, __: seen.append(given[0]))
+    model(batch_of())
+    (x,) = seen
+    assert torch.equal(x[:, 0], model.backbone.prefix.expand(len(x), -1))
+    assert sorted({round(mean, 6) for mean in x[:, 1:].mean(-1).flatten().tolist()}) == [0.0, 5.0]
 
 
 @pytest.mark.parametrize(
