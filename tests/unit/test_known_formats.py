@@ -1,0 +1,49 @@
+"""Every format knows its own checkpoints by a few names and shapes, and no others."""
+
+from __future__ import annotations
+
+import pytest
+
+from m3 import convert
+from m3.foreign.checkpoint import Foreign
+from m3.foreign.vision import table_of
+
+BLOCK = {"blocks.0.attn.qkv.weight": (24, 8), "blocks.0.mlp.fc1.weight": (32, 8)}
+SIGNS: dict[str, dict[str, tuple[int, ...]]] = {
+    "audiomae": BLOCK | {"patch_embed.proj.weight": (8, 1, 4, 4), "pos_embed": (1, 65, 8)},
+    "fourm": {"decoder_proj_context.weight": (8, 8), "encoder_norm.weight": (8,), "mask_token": (1, 1, 8)},
+    "mae": BLOCK
+    | {"patch_embed.proj.weight": (8, 3, 4, 4), "pos_embed": (1, 65, 8)}
+    | {"decoder_embed.weight": (4, 8), "decoder_blocks.0.attn.qkv.weight": (12, 4)},
+    "mae_st": {"pos_embed_spatial": (1, 4, 8), "pos_embed_temporal": (1, 2, 8), "blocks.0.attn.q.weight": (8, 8)}
+    | {"patch_embed.proj.weight": (8, 3, 2, 4, 4), "decoder_embed.weight": (4, 8)},
+    "multimae": {"global_tokens": (1, 1, 8), "encoder.0.attn.qkv.weight": (24, 8)}
+    | {"input_adapters.rgb.proj.weight": (8, 3, 4, 4), "input_adapters.rgb.pos_emb": (1, 8, 2, 2)},
+    "pointmae": {"MAE_encoder.encoder.first_conv.0.weight": (4, 3, 1), "mask_token": (1, 1, 8)},
+    "video_mae": {"videomae.encoder.layer.0.attention.attention.q_bias": (8,), "mask_token": (1, 1, 4)}
+    | {"encoder_to_decoder.weight": (4, 8)},
+    "videomae": {"encoder.patch_embed.proj.weight": (8, 3, 2, 4, 4), "encoder.blocks.0.attn.q_bias": (8,)}
+    | {"encoder_to_decoder.weight": (4, 8), "mask_token": (1, 1, 4)},
+    "vit": BLOCK | {"patch_embed.proj.weight": (8, 1, 4, 4), "pos_embed": (1, 65, 8)},
+    "vit_mae": {"decoder.decoder_embed.weight": (4, 8), "vit.embeddings.cls_token": (1, 1, 8)},
+}
+
+
+def sample(name: str) -> Foreign:
+    """A checkpoint of a format, as far as it is looked at; a sound and a grey picture differ in positions alone."""
+    tensors = {"pos_embed": table_of({}, "", (8, 8), 8, 1) + (0 if name == "audiomae" else 0.1)}
+    return Foreign(name, tensors if "pos_embed" in SIGNS[name] else {}, dict(SIGNS[name]))
+
+
+@pytest.mark.parametrize("name", sorted(SIGNS))
+def test_a_checkpoint_is_known_by_its_own_format_alone(name: str) -> None:
+    forms = {other: convert._format(other) for other in convert.names()}
+    assert [other for other, form in forms.items() if form.fits(form.tidy(sample(name)))] == [name]
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder.", "backbone."])
+def test_videomaes_encoder_alone_is_known_under_all_its_prefixes(prefix: str) -> None:
+    names = {f"{prefix}patch_embed.proj.weight": (8, 3, 2, 4, 4), f"{prefix}blocks.0.attn.q_bias": (8,)}
+    foreign = Foreign("tuned", {}, dict(names))
+    forms = {other: convert._format(other) for other in convert.names()}
+    assert [other for other, form in forms.items() if form.fits(form.tidy(foreign))] == ["videomae"]
