@@ -10,10 +10,10 @@ from m3.foreign.vision import table_of
 
 BLOCK = {"blocks.0.attn.qkv.weight": (24, 8), "blocks.0.mlp.fc1.weight": (32, 8)}
 SIGNS: dict[str, dict[str, tuple[int, ...]]] = {
-    "audiomae": BLOCK | {"patch_embed.proj.weight": (8, 1, 4, 4), "pos_embed": (1, 65, 8)},
+    "audiomae": BLOCK | {"patch_embed.proj.weight": (8, 1, 4, 4), "pos_embed": (1, 17, 8)},
     "fourm": {"decoder_proj_context.weight": (8, 8), "encoder_norm.weight": (8,), "mask_token": (1, 1, 8)},
     "mae": BLOCK
-    | {"patch_embed.proj.weight": (8, 3, 4, 4), "pos_embed": (1, 65, 8)}
+    | {"patch_embed.proj.weight": (8, 3, 4, 4), "pos_embed": (1, 17, 8)}
     | {"decoder_embed.weight": (4, 8), "decoder_blocks.0.attn.qkv.weight": (12, 4)},
     "mae_st": {"pos_embed_spatial": (1, 4, 8), "pos_embed_temporal": (1, 2, 8), "blocks.0.attn.q.weight": (8, 8)}
     | {"patch_embed.proj.weight": (8, 3, 2, 4, 4), "decoder_embed.weight": (4, 8)},
@@ -24,14 +24,14 @@ SIGNS: dict[str, dict[str, tuple[int, ...]]] = {
     | {"encoder_to_decoder.weight": (4, 8)},
     "videomae": {"encoder.patch_embed.proj.weight": (8, 3, 2, 4, 4), "encoder.blocks.0.attn.q_bias": (8,)}
     | {"encoder_to_decoder.weight": (4, 8), "mask_token": (1, 1, 4)},
-    "vit": BLOCK | {"patch_embed.proj.weight": (8, 1, 4, 4), "pos_embed": (1, 65, 8)},
+    "vit": BLOCK | {"patch_embed.proj.weight": (8, 1, 4, 4), "pos_embed": (1, 17, 8)},
     "vit_mae": {"decoder.decoder_embed.weight": (4, 8), "vit.embeddings.cls_token": (1, 1, 8)},
 }
 
 
 def sample(name: str) -> Foreign:
     """A checkpoint of a format, as far as it is looked at; a sound and a grey picture differ in positions alone."""
-    tensors = {"pos_embed": table_of({}, "", (8, 8), 8, 1) + (0 if name == "audiomae" else 0.1)}
+    tensors = {"pos_embed": table_of({}, "", (2, 8) if name == "audiomae" else (4, 4), 8, 1)}
     return Foreign(name, tensors if "pos_embed" in SIGNS[name] else {}, dict(SIGNS[name]))
 
 
