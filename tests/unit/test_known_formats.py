@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 
 from m3 import convert
+from m3.config import M3Config
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.vision import table_of
+from m3.recipe import load_recipe
+from m3.train import model_config
 
 BLOCK = {"blocks.0.attn.qkv.weight": (24, 8), "blocks.0.mlp.fc1.weight": (32, 8)}
 SIGNS: dict[str, dict[str, tuple[int, ...]]] = {
@@ -47,3 +50,32 @@ def test_videomaes_encoder_alone_is_known_under_all_its_prefixes(prefix: str) ->
     foreign = Foreign("tuned", {}, dict(names))
     forms = {other: convert._format(other) for other in convert.names()}
     assert [other for other, form in forms.items() if form.fits(form.tidy(foreign))] == ["videomae"]
+
+
+PUBLISHED = [
+    ("multimae_vit_b", [], "multimae", 351),
+    ("videomae_vit_b", ["objectives.reconstruct.decoder.norm_eps=1.0e-5"], "video_mae", 250),
+]
+
+
+@pytest.mark.parametrize(("recipe", "changes", "name", "count"), PUBLISHED)
+def test_the_models_of_our_recipes_are_written_with_as_many_tensors_as_the_published_ones(
+    recipe: str, changes: list[str], name: str, count: int
+) -> None:
+    rows = convert._format(name).rows(model_config(load_recipe(recipe, changes)))
+    assert sum(len(row.theirs) for row in rows) == count
+
+
+def test_4m_b_with_seven_modalities_has_as_many_tensors_as_published_but_for_its_two_sequences() -> None:
+    """359, of which each sequence has three in the encoder and four in the decoder."""
+    codes = {"type": "semantic_map", "size": 14, "classes": 8192, "tokenizer": {"type": "embedding"}}
+    maps = {f"tok_{name}@224": codes for name in ("rgb", "depth", "normal", "semseg", "clip")}
+    image = {"type": "image", "size": 224, "tokenizer": {"type": "patch", "size": 16}}
+    backbone = {"width": 768, "depth": 12, "heads": 12, "class_tokens": 0, "axis_order": "yx", "mlp": "swiglu"}
+    translate = {"type": "translate", "outputs": list(maps), "masking": {"type": "budget", "visible": 1, "targets": 1}}
+    config = M3Config(
+        modalities={"rgb@224": image, **maps},
+        backbone=backbone | {"bias": False, "modality_embedding": True},
+        objectives={"translate": translate},
+    )
+    assert sum(len(row.theirs) for row in convert._format("fourm").rows(config)) == 359 - 14
