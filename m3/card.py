@@ -73,7 +73,8 @@ def _modality(name: str, entry: dict[str, Any], config: M3Config) -> str:
     seen = [o.get("inputs") or list(config.modalities or {}) for o in (config.objectives or {}).values()] or [[name]]
     is_seen, is_predicted = any(name in names for names in seen), name in targets
     role = " and ".join(word for word, is_so in (("seen", is_seen), ("predicted", is_predicted)) if is_so)
-    return f"| {name} | {entry['type']} | {text} | {entry['tokenizer']['type']} | {role} |"
+    tokenizer = entry["tokenizer"].get("type") or f"as {entry['tokenizer'].get('same_as')}"
+    return f"| {name} | {entry['type']} | {text} | {tokenizer} | {role} |"
 
 
 def _licence(about: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 from m3 import plugin_commands
@@ -54,31 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--steps", type=int, default=5, help="timed steps, the median counts (default 5)")
     command.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn (default 3)")
-    command = add("reconstruct", _reconstruct, "draw what a model predicts for files", recipe=False)
-    command.add_argument("model", help="folder of a model or of its run, or Hub id")
-    command.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or modality=file for models of several")
-    command.add_argument("--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's")
-    command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
-    command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
+    _add_model_commands(add)
     command = add("table", _table, "print finished runs side by side, in Markdown", recipe=False)
     command.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     text = "what runs measured on held-out samples at equal steps and at equal training time"
     command = add("compare", _compare, text, recipe=False)
     command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, e.g. runs/clip_tiny")
-    command = add("embed", _embed, "compare files and sentences in a model's shared space", recipe=False)
-    command.add_argument("model", help="folder of a model or of its run, or Hub id")
-    command.add_argument("inputs", nargs="+", metavar="INPUT", help='modality=file, or e.g. text="a red cube"')
-    command.add_argument("--out", default=None, help="NPZ file for the vectors, one array for each side")
-    command.add_argument("--objective", default=None, help="name of the contrastive objective (default: the first)")
-    text = "read the weights of another library, or write ours in its format"
-    command = add("convert", _convert, text, recipe=False)
-    command.add_argument("source", help="checkpoint file or folder; with --to: folder of our model or of its run")
-    command.add_argument("out", help="folder for our model; with --to: folder, .safetensors or .pth file")
-    command.add_argument(
-        "overrides", nargs="*", metavar="a.b=c", help="changes to the config, modalities.image.size=384"
-    )
-    command.add_argument("--format", default=None, help="of the source (default: found from its names)")
-    command.add_argument("--to", default=None, metavar="FORMAT", help="write our model in this format")
     data_commands.add_arguments(commands)
     command = add("tokenize", _tokenize, "turn a data source into shards of code numbers", recipe=False)
     command.add_argument("tokenizer", help="model folder of a run with an `autoencode` objective")
@@ -96,6 +78,30 @@ def _parser() -> argparse.ArgumentParser:
     add("doctor", _doctor, "print versions, devices and which optional parts load", recipe=False)
     plugin_commands.add_arguments(commands)
     return parser
+
+
+def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that are given a model instead of a recipe."""
+    command = add("reconstruct", _reconstruct, "draw what a model predicts for files", recipe=False)
+    command.add_argument("model", help="folder of a model or of its run, or Hub id")
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help="files, or modality=file for models of several")
+    command.add_argument("--visible", default=None, help="share of visible tokens, e.g. 0.25; default: the recipe's")
+    command.add_argument("--out", default="reconstruction.png", help="PNG file (default reconstruction.png)")
+    command.add_argument("--seed", type=int, default=0, help="seed of the mask (default 0)")
+    command = add("embed", _embed, "compare files and sentences in a model's shared space", recipe=False)
+    command.add_argument("model", help="folder of a model or of its run, or Hub id")
+    command.add_argument("inputs", nargs="+", metavar="INPUT", help='modality=file, or e.g. text="a red cube"')
+    command.add_argument("--out", default=None, help="NPZ file for the vectors, one array for each side")
+    command.add_argument("--objective", default=None, help="name of the contrastive objective (default: the first)")
+    text = "read the weights of another library, or write ours in its format"
+    command = add("convert", _convert, text, recipe=False)
+    command.add_argument("source", help="checkpoint file or folder; with --to: folder of our model or of its run")
+    command.add_argument("out", help="folder for our model; with --to: folder, .safetensors or .pth file")
+    command.add_argument(
+        "overrides", nargs="*", metavar="a.b=c", help="changes to the config, modalities.image.size=384"
+    )
+    command.add_argument("--format", default=None, help="of the source (default: found from its names)")
+    command.add_argument("--to", default=None, metavar="FORMAT", help="write our model in this format")
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -67,16 +67,17 @@ class Sincos(nn.Module):
     def __init__(self, spec: Spec, tokenizer: Tokenizer, width: int, axis_order: str) -> None:
         super().__init__()
         self.spec, self.width, self.axis_order = spec, width, axis_order
-        self.own = tokenizer.reference
-        if spec.grid and len(spec.grid) != len(self.own):
-            raise M3Error(f"positions.grid: {len(spec.grid)} numbers for {len(self.own)} axes; give one for each.")
+        self.scale: list[float] | None = None
+        if spec.grid:
+            if len(spec.grid) != tokenizer.axes:
+                raise M3Error(f"positions.grid: {len(spec.grid)} numbers for {tokenizer.axes} axes; give one for each.")
+            self.scale = [meant / own for meant, own in zip(spec.grid, tokenizer.reference, strict=True)]
         sincos(torch.zeros(1, tokenizer.axes), width)  # a width without room is refused here, not in the first step
 
     def forward(self, positions: Tensor) -> Tensor:
         """Embed (1 or B, N, A) -> (1 or B, N, D); `xy` encodes the last axis first, `yx` the first."""
-        if self.spec.grid:
-            scale = positions.new_tensor(self.spec.grid) / positions.new_tensor(self.own)
-            positions = (positions + 0.5) * scale - 0.5
+        if self.scale:
+            positions = (positions + 0.5) * positions.new_tensor(self.scale) - 0.5
         ordered = positions.flip(-1) if self.axis_order == "xy" else positions
         return sincos(ordered, self.width, self.spec.temperature)
 

@@ -97,6 +97,12 @@ class Foreign:
             self.where, _Renamed(self.tensors, new), {n: self.shapes[old] for n, old in new.items()}, self.settings
         )
 
+    def with_aliases(self, names: dict[str, str]) -> Foreign:
+        """Return the same where some tensors go by a second name too: new name -> the one that is there."""
+        every = {name: name for name in self.shapes} | names
+        shapes = {name: self.shapes[old] for name, old in every.items()}
+        return Foreign(self.where, _Renamed(self.tensors, every), shapes, self.settings)
+
     def count(self, pattern: str) -> int:
         """Return how many different things stand at the first group of a regular expression: the number of blocks."""
         found = (re.match(pattern, name) for name in self.shapes)

@@ -37,57 +37,6 @@ def pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
-class Cut(NamedTuple):
-    """How a modality is cut into tokens.
-
-    Attributes:
-        channels: C.
-        size: of the signal along its axes.
-        patch: of a token along these axes.
-        tokens: how many there are along these axes.
-        positions: kind of the positions.
-    """
-
-    channels: int
-    size: tuple[int, ...]
-    patch: tuple[int, ...]
-    tokens: tuple[int, ...]
-    positions: str
-
-
-def cut_of(config: M3Config, name: str, tokenizer: str = "patch") -> Cut:
-    """Return how a modality of our config is cut.
-
-    Raises:
-        M3Error: the modality is not there, or has another tokenizer.
-    """
-    entry = (config.modalities or {}).get(name, {})
-    if entry.get("tokenizer", {}).get("type") != tokenizer:
-        raise M3Error(f"the format needs the modality `{name}` with the tokenizer `{tokenizer}`.")
-    signal = build_modalities({name: entry})[name].signal
-    spec: Any = build_spec("tokenizers", entry["tokenizer"], f"modalities.{name}.tokenizer")[1]
-    patch = (spec.size, spec.size) if isinstance(spec.size, int) else tuple(spec.size)
-    patch = (spec.frames, *patch) if tokenizer == "tube" else patch
-    tokens = tuple(extent // own for extent, own in zip(signal.size, patch, strict=True))
-    return Cut(signal.channels, signal.size, patch, tokens, entry.get("positions", {}).get("type", "sincos"))
-
-
-def is_sound(foreign: Foreign) -> bool:
-    """Return True for AudioMAE's ViT: one channel, and fixed positions on a grid of eight bands instead of a square."""
-    (_, channels, *_), (_, length, width) = (
-        foreign.shapes.get(name, (0, 0, 0)) for name in ("patch_embed.proj.weight", "pos_embed")
-    )
-    if channels != 1 or length < 9 or length % 8 != 1 or width % 4:
-        return False
-    table = table_of({}, (length // 8, 8), width, 1)
-    return torch.allclose(foreign.tensors["pos_embed"].float(), table, rtol=0, atol=1e-5)
-
-
-def values_order(patch: tuple[int, ...], channels: int) -> Tensor:
-    """Return where in an order with the channel last each value of our order with the channel first stands."""
-    return torch.arange(channels * prod(patch)).reshape(*patch, channels).movedim(-1, 0).flatten()
-
-
 def blocks(theirs: str, ours: str, depth: int, names: dict[str, str]) -> list[Row]:
     """Rows of the layers of all blocks that are the same on both sides; `{}` in the prefixes is the block's number."""
     return [
@@ -159,3 +108,57 @@ def learned(
         return [table.reshape(*batch, *table.shape)]
 
     return Row((theirs,), (ours, prefix) if prefix else (ours,), read, write)
+
+
+class Cut(NamedTuple):
+    """How a modality is cut into tokens.
+
+    Attributes:
+        channels: C.
+        size: of the signal along its axes.
+        patch: of a token along these axes.
+        tokens: how many there are along these axes.
+        positions: kind of the positions.
+    """
+
+    channels: int
+    size: tuple[int, ...]
+    patch: tuple[int, ...]
+    tokens: tuple[int, ...]
+    positions: str
+
+
+def cut_of(config: M3Config, name: str, tokenizer: str = "patch") -> Cut:
+    """Return how a modality of our config is cut.
+
+    Raises:
+        M3Error: the modality is not there, or has another tokenizer.
+    """
+    entry = (config.modalities or {}).get(name, {})
+    if entry.get("tokenizer", {}).get("type") != tokenizer:
+        raise M3Error(f"the format needs the modality `{name}` with the tokenizer `{tokenizer}`.")
+    signal = build_modalities({name: entry})[name].signal
+    spec: Any = build_spec("tokenizers", entry["tokenizer"], f"modalities.{name}.tokenizer")[1]
+    patch = (spec.size, spec.size) if isinstance(spec.size, int) else tuple(spec.size)
+    patch = (spec.frames, *patch) if tokenizer == "tube" else patch
+    tokens = tuple(extent // own for extent, own in zip(signal.size, patch, strict=True))
+    return Cut(signal.channels, signal.size, patch, tokens, entry.get("positions", {}).get("type", "sincos"))
+
+
+def is_sound(foreign: Foreign) -> bool:
+    """Return True for AudioMAE's ViT: one channel, and fixed positions on a grid of eight bands instead of a square.
+
+    Eight times eight of them are taken for a grey picture, whose table is the same.
+    """
+    (_, channels, *_), (_, length, width) = (
+        foreign.shapes.get(name, (0, 0, 0)) for name in ("patch_embed.proj.weight", "pos_embed")
+    )
+    if channels != 1 or length < 9 or length % 8 != 1 or length == 65 or width % 4:
+        return False
+    table = table_of({}, (length // 8, 8), width, 1)
+    return torch.allclose(foreign.tensors["pos_embed"].float(), table, rtol=0, atol=1e-5)
+
+
+def values_order(patch: tuple[int, ...], channels: int) -> Tensor:
+    """Return where in an order with the channel last each value of our order with the channel first stands."""
+    return torch.arange(channels * prod(patch)).reshape(*patch, channels).movedim(-1, 0).flatten()
