@@ -183,3 +183,15 @@ def test_weights_without_a_known_number_of_heads_ask_for_it(tmp_path: Path) -> N
     with pytest.raises(M3Error, match=r"width 40 is not a usual one; give backbone.heads=N"):
         convert.load(tmp_path / "vit.safetensors")
     assert convert.load(tmp_path / "vit.safetensors", ["backbone.heads=5"]).config.backbone["heads"] == 5
+
+
+@pytest.mark.parametrize("other", [{"norm": "post"}, {"causal": True, "class_tokens": 0}, {"bias": False}])
+def test_what_no_tensor_of_theirs_could_say_is_not_written(other: dict[str, Any], tmp_path: Path) -> None:
+    from m3 import M3Config
+
+    image = {"type": "image", "size": 16, "tokenizer": {"type": "patch", "size": 8}}
+    backbone = {"width": 16, "depth": 1, "heads": 2, "final_norm": False, **other}
+    model = M3Model(M3Config(modalities={"image": image}, backbone=backbone, objectives={}))
+    with pytest.raises(M3Error, match=r"^vit \(ViT in timm's names"):
+        convert.save(model, tmp_path / "vit.safetensors", "vit")
+    assert not (tmp_path / "vit.safetensors").exists()
