@@ -13,7 +13,7 @@ from m3.evaluate.codebook import measure_codes
 from m3.evaluate.task import Row, Task
 from m3.evaluate.tasks.predict import predictors
 from m3.model import M3Model
-from m3.progress import HELD_OUT, Skipped, append
+from m3.progress import BASELINE, HELD_OUT, Skipped, append
 from m3.recipe import Recipe
 from m3.show import metrics_table, preview
 
@@ -77,7 +77,7 @@ class HeldOut:
         if rows:
             line: dict[str, float] = {"step": step}
             for row in rows:
-                line |= {f"{HELD_OUT}{row.task}": row.model, f"baseline/{row.task}": row.baseline}
+                line |= {f"{HELD_OUT}{row.task}": row.model, f"{BASELINE}{row.task}": row.baseline}
             append(run, line)
         if self.has_picture:
             shown = [task["visible"] for task in spec.tasks.values() if task.get("visible")]

@@ -19,6 +19,8 @@ from m3.types import Batch
 
 HELD_OUT = "held_out/"
 """What the names of measures on held-out samples begin with in `metrics.jsonl`."""
+BASELINE = "baseline/"
+"""What those of the baselines begin with."""
 
 
 class Skipped:
