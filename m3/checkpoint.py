@@ -13,7 +13,21 @@ from m3.errors import M3Error
 
 STATE = "state.json"
 CAN_OPEN_FOLDERS = os.name != "nt"
-WRITTEN = ("recipe.yaml", "metrics.jsonl", "checkpoints", "model", "model_ema", "preview.png", "previews", "logs")
+WRITTEN = (
+    "recipe.yaml",
+    "metrics.jsonl",
+    "checkpoints",
+    "model",
+    "model_ema",
+    "preview.png",
+    "previews",
+    "logs",
+    "curves.png",
+    "report.html",
+    "report.json",
+    "run.json",
+    "eval",
+)
 """What a run writes into its folder."""
 
 

@@ -109,6 +109,13 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("inputs", nargs="+", metavar="INPUT", help='modality=file, or e.g. text="a red cube"')
     command.add_argument("--out", default=None, help="NPZ file for the vectors, one array for each side")
     command.add_argument("--objective", default=None, help="name of the contrastive objective (default: the first)")
+    text = "measure a model on held-out samples and write report.html and report.json"
+    command = add("eval", _eval, text, recipe=False)
+    command.add_argument("model", help="folder of a model or of its run, or Hub id")
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to `data`, `evaluate` or `seed`")
+    command.add_argument("--task", action="append", default=[], metavar="TYPE[:LABEL]", help="e.g. knn:shape, spread")
+    command.add_argument("--data", default=None, metavar="SOURCE", help="world, digits, or a folder or manifest")
+    command.add_argument("--out", default=None, help="folder for the report (default: eval in the model's folder)")
     text = "read the weights of another library, or write ours in its format"
     command = add("convert", _convert, text, recipe=False)
     command.add_argument("source", help="checkpoint file or folder; with --to: folder of our model or of its run")
@@ -197,6 +204,12 @@ def _embed(options: argparse.Namespace) -> None:
     from m3.embed import embed_files
 
     embed_files(options.model, options.inputs, Path(options.out) if options.out else None, options.objective)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from m3.measure import measure
+
+    measure(options.model, options.overrides, options.task, options.data, Path(options.out) if options.out else None)
 
 
 def _convert(options: argparse.Namespace) -> None:

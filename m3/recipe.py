@@ -62,7 +62,8 @@ class DataSpec(Strict):
     """The `data` section.
 
     Attributes:
-        source: where samples come from: `world` (embedded scenes), `folder`, `shards`, `hub`, `mixture`, or a plugin.
+        source: where samples come from: `world` (embedded scenes), `digits` (scikit-learn's), `folder`, `shards`,
+            `hub`, `mixture`, or a plugin.
         root: folder or manifest of the data, for `folder`; folder or address (s3://...) of the tars, for `shards`.
         options: settings of the source, for `world`, `hub`, `mixture` and plugins.
         missing: `error`: every sample has every modality; `allow`: a sample may lack some.

@@ -199,9 +199,10 @@ class LabelTask(Task):
         kept.pictures += self._pictures(batch, numbers[: max(0, self.PICTURES - len(kept.pictures))])
 
     def _pictures(self, batch: Batch, numbers: list[int]) -> list[np.ndarray]:
-        """Draw the first input of samples of a batch."""
-        name = next(name for name in self.inputs if name in batch.signals)
-        part = self.model.modalities[name]
+        """Draw one input of samples of a batch, a picture rather than words."""
+        there = {name: self.model.modalities[name] for name in self.inputs if name in batch.signals}
+        name = max(there, key=lambda name: len(there[name].signal.size) >= 2)
+        part = there[name]
         return [part.show(part.normalise(batch.signals[name][i : i + 1])[0], None) for i in numbers]
 
 

@@ -46,6 +46,7 @@ def train_linear(
     )
     steps_per_epoch = math.ceil(len(train) / batch_size)
     steps, warmup = epochs * steps_per_epoch, max(1, epochs * steps_per_epoch // 10)
+    order = torch.arange(len(train))
     descent = _optimizer(optimizer, list(head.parameters()))
     for step in range(steps):
         turn = step % steps_per_epoch
@@ -83,4 +84,4 @@ def _optimizer(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimiz
         from timm.optim.lars import Lars
     except ImportError as error:
         raise M3Error("`optimizer: lars` needs timm: pip install timm, or use `sgd` or `adamw`.") from error
-    return Lars(parameters, lr=1.0, momentum=0.9, weight_decay=0.0)
+    return Lars(parameters, lr=1.0, momentum=0.9, weight_decay=0.0)  # type: ignore[arg-type]  # floats, its hints say int

@@ -16,7 +16,8 @@ from m3.samples import split_ending
 class Folder(Source):
     """Every modality in the folder of its name; sample ids are the paths below it without ending.
 
-    With one modality its files may also lie in the root itself, at any depth.
+    With one modality its files may also lie in the root itself, at any depth. Where all files lie in folders, those
+    are classes: the label `label` is the number of the first folder of the path, in alphabetical order.
     `root/train` and `root/val` are used as the two splits when both exist; otherwise `held_out` samples (at most
     a tenth), chosen by a hash of their id, are held out. The root may also be a manifest (.csv or .jsonl), whose
     columns are modalities, `id`, `label` or `label:NAME` and `split` (train, held_out or val); an empty value says
@@ -97,11 +98,21 @@ class Folder(Source):
         files = {name: _files(root, name, part, len(self.modalities) == 1) for name, part in self.modalities.items()}
         if self.spec.missing == "error":
             _check_alignment(files, root)
-        rows = []
-        for key in sorted(set().union(*files.values())):
+        ids = set().union(*files.values())
+        rows, classes = [], self._classes() if all("/" in key for key in ids) else {}
+        for key in sorted(ids):
             values: dict[str, Path | str] = {name: found[key] for name, found in files.items() if key in found}
-            rows.append(Row(key, values, {}, split, 0))
+            labels = {"label": classes[key.split("/")[0]]} if classes else {}
+            rows.append(Row(key, values, labels, split, 0))
         return rows
+
+    def _classes(self) -> dict[str, int]:
+        """Return folder -> class number, the same in both splits, where there are at least two."""
+        splits = [path for path in (self.root / "train", self.root / "val") if path.is_dir()]
+        roots = splits if len(splits) == 2 else [self.root]
+        inside = [root / name if (root / name).is_dir() else root for root in roots for name in self.modalities]
+        found = sorted({path.name for folder in inside for path in folder.iterdir() if path.is_dir()})
+        return {name: number for number, name in enumerate(found)} if len(found) > 1 else {}
 
     def _no_file(self, row: Row, name: str) -> M3Error:
         where = f"{self.root}, line {row.line}: " if row.line else ""

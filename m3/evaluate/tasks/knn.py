@@ -57,7 +57,7 @@ class Knn(LabelTask):
     def _vote(self, train: np.ndarray, labels: np.ndarray, others: np.ndarray, k: int) -> np.ndarray:
         from sklearn.neighbors import KNeighborsClassifier
 
-        weights = "uniform" if self.spec.weights == "uniform" else self._softmax
+        weights: Any = "uniform" if self.spec.weights == "uniform" else self._softmax
         return (
             KNeighborsClassifier(min(k, len(train)), weights=weights, metric="cosine")
             .fit(train, labels)

@@ -97,7 +97,8 @@ def confusion(truth: np.ndarray, guesses: np.ndarray) -> Figure:
     from sklearn.metrics import ConfusionMatrixDisplay
 
     count = len(np.union1d(truth, guesses))
-    figure = Figure(figsize=(min(8.0, 2.2 + 0.45 * count),) * 2, layout="constrained", dpi=110)
+    side = min(8.0, 2.2 + 0.45 * count)
+    figure = Figure(figsize=(side, side), layout="constrained", dpi=110)
     ConfusionMatrixDisplay.from_predictions(
         truth,
         guesses,
