@@ -14,6 +14,7 @@ from m3.errors import M3Error
 from m3.evaluate.bootstrap import interval
 from m3.evaluate.linear import train_linear
 from m3.evaluate.task import Row, Task, build_tasks
+from m3.evaluate.tasks.zero_shot import classes_of, templates_of
 from m3.show import metrics_table
 from m3.types import Batch
 
@@ -178,3 +179,17 @@ def test_an_interval_holds_the_true_mean_about_95_times_in_100():
 def test_a_label_that_nothing_has_is_refused():
     with pytest.raises(M3Error, match=r"read.label: no sample \(train\) has the label `digi` .*`digit`"):
         measure(task_of(type="knn", label="digi"), digits(slice(0, 20)), digits(slice(20, 30)))
+
+
+# -- zero-shot names --------------------------------------------------------------------------------------
+
+
+def test_the_classes_and_templates_of_imagenet_are_open_clips():
+    import open_clip
+
+    names, templates = classes_of("imagenet"), templates_of("openai")
+    assert (len(names), len(templates), len(templates_of("simple"))) == (1000, 80, 7)
+    assert names[0] == "tench"
+    sentences = [text.replace("{}", names[7]) for text in templates]
+    assert sentences == [template(names[7]) for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    assert (classes_of(("a", "b")), templates_of(("a {}",))) == (("a", "b"), ("a {}",))
