@@ -274,7 +274,7 @@ class Network(Encoder):
         tokens, objectives = prepared.tokens, self._active(prepared.active)
         if is_only_rows:
             objectives = {name: o for name, o in objectives.items() if isinstance(o, Coupled)}
-        encoded = self._encode_views(prepared, dict.fromkeys(view for o in objectives.values() for view in o.views))
+        encoded = self.encode_views(prepared, dict.fromkeys(view for o in objectives.values() for view in o.views))
         if is_only_rows:
             return M3Output(rows={n: o.rows(encoded, tokens) for n, o in objectives.items() if isinstance(o, Coupled)})
         parts, watched = {}, {}
@@ -288,7 +288,7 @@ class Network(Encoder):
         loss = Loss(parts, watched)
         return M3Output(loss=loss.total(), parts=loss)
 
-    def _encode_views(self, prepared: Prepared, views: Iterable[View]) -> dict[View, Encoded]:
+    def encode_views(self, prepared: Prepared, views: Iterable[View]) -> dict[View, Encoded]:
         """Encode every view once; views whose mismatches depend on similarities come last."""
         encoded, waiting = {}, []
         keys = prepared.draws.numbers("network") if self.training and prepared.draws is not None else None
