@@ -158,7 +158,9 @@ def interpolated(table: Tensor, positions: Tensor) -> Tensor:
             share = positions[..., axis].clamp(0, extent - 1) - low[axis]
             flat = flat * extent + (low[axis] + is_high).long().clamp(max=extent - 1)
             weight = weight * (share if is_high else 1 - share)
-        result = result + table.flatten(1).t()[flat] * weight.unsqueeze(-1)
+        # As in `take`: the gradient of indexing with [] sums in an order that differs from run to run.
+        rows = table.flatten(1).t().index_select(0, flat.flatten()).unflatten(0, flat.shape)
+        result = result + rows * weight.unsqueeze(-1)
     return result
 
 

@@ -16,7 +16,7 @@ from m3.config import M3Config
 from m3.data.words import describe, open_vocabulary
 from m3.errors import M3Error, read_settings
 from m3.foreign import vision
-from m3.foreign.format import plain
+from m3.foreign.format import SHOWN, backbone_of
 from m3.foreign.rows import Row, one, padded, shaped, shifted
 from m3.foreign.vision import pair
 from m3.objectives.contrast import Contrast
@@ -123,7 +123,11 @@ def parts_of(config: M3Config, title: str, image: Side, text: Side, is_causal: b
             f"{image[0]}, projection: {image[1]}) and text (pool: {text[0]}, projection: {text[1]}); this model is "
             f"another."
         )
-    whole = {"photo": plain(towers["photo"], title), "words": plain(towers["words"], title, is_causal)}
+    free = (*SHOWN, "mlp")
+    whole = {
+        "photo": backbone_of(config, title, "photo", free).model_dump(),
+        "words": backbone_of(config, title, "words", free, causal=is_causal).model_dump(),
+    }
     return config.modalities or {}, whole, contrast
 
 

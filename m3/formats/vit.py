@@ -17,7 +17,7 @@ from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign import vision
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.format import Format, get, heads_of, plain, square
+from m3.foreign.format import SHOWN, Format, backbone_of, get, heads_of, square
 from m3.foreign.rows import Left, Row, computed, same, shaped
 from m3.foreign.vision import pair
 
@@ -101,7 +101,8 @@ def encoder_of(foreign: Foreign, given: dict[str, Any]) -> tuple[dict[str, Any],
 
 def encoder_rows(config: M3Config, theirs: str = "") -> list[Row]:
     """Return the rows of an encoder of images; `theirs` stands before every name of theirs."""
-    image, backbone = (config.modalities or {})["image"], plain(config.backbone or {}, "a ViT in timm's names")
+    image = (config.modalities or {})["image"]
+    backbone = backbone_of(config, "a ViT in timm's names", free=SHOWN).model_dump()
     width, depth, prefix = backbone["width"], backbone["depth"], backbone["class_tokens"]
     patch, size = pair(image["tokenizer"]["size"]), pair(image["size"])
     tokens = (size[0] // patch[0], size[1] // patch[1])
