@@ -36,7 +36,8 @@ class Vit(Format):
         needed = {"pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
         strangers = ("decoder", "encoder", "attn_pool", "visual", "text")
         is_alone = needed <= foreign.shapes.keys() and not any(name.startswith(strangers) for name in foreign.shapes)
-        return is_alone and not vision.is_sound(foreign)
+        is_beit = "blocks.0.attn.q_bias" in foreign.shapes
+        return is_alone and not is_beit and not vision.is_sound(foreign)
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
         """Read the sizes off the shapes; mean, deviation and eps are timm's defaults where no config says more."""
@@ -121,7 +122,7 @@ def encoder_rows(config: M3Config, theirs: str = "") -> list[Row]:
         rows.append(_class_and_registers(theirs, prefix))
     rows += vision.blocks(block, own, depth, vision.TIMM) + vision.fused(f"{block}.attn.qkv", own, depth)
     if backbone.get("layer_scale"):
-        rows += vision.scales((f"{block}.ls1.gamma", f"{block}.ls2.gamma"), own, depth)
+        rows += vision.scales((f"{block}.ls1.gamma", f"{block}.ls2.gamma"), own, depth, backbone["layer_scale"])
     if backbone.get("qk_norm"):
         names = {"attn.q_norm": "attention.q_norm", "attn.k_norm": "attention.k_norm"}
         rows += vision.blocks(block, own, depth, names)
