@@ -26,6 +26,7 @@ TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
 """Published starts: what is learned is kept as the difference from them, so that recipes can start from it."""
 BIAS = -10.0
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Side = tuple[str, str]
 """Pooling and projection."""
 CLIP_IDS = 49408

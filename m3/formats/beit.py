@@ -23,7 +23,6 @@ from m3.foreign import pairs, vision
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.format import Format, backbone_of, get, ratio_of, square
 from m3.foreign.rows import Left, Row, one, same, shaped
-from m3.modalities.image import IMAGENET_MEAN, IMAGENET_STD
 
 HALF = (0.5, 0.5, 0.5)
 TOKENIZER = "objectives.reconstruct.targets.codes.target.tokenizer"
@@ -109,7 +108,7 @@ def encoder_of(foreign: Foreign, given: dict[str, Any]) -> tuple[dict[str, Any],
     if "blocks.0.gamma_1" in shapes:
         backbone["layer_scale"] = vision.NO_SCALE
     is_second = foreign.count(r"(cls_pt_layers)\.") == 1
-    usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if is_second else {"mean": HALF, "std": HALF}
+    usual = {"mean": pairs.IMAGENET_MEAN, "std": pairs.IMAGENET_STD} if is_second else {"mean": HALF, "std": HALF}
     image = {"type": "image", "size": (side * height, side * across), "channels": channels}
     for name, value in usual.items():
         image[name] = tuple(

@@ -21,7 +21,6 @@ from m3.foreign.checkpoint import Foreign
 from m3.foreign.format import Format
 from m3.foreign.rows import Left, Row, computed, joined, same
 from m3.formats.vit_mae import QKV
-from m3.modalities.image import IMAGENET_MEAN, IMAGENET_STD
 
 TITLE = "transformers' DINOv2"
 LAYERS = {"norm1": "norm1", "attention.output.dense": "attention.projection", "norm2": "norm2"}
@@ -54,7 +53,7 @@ class Dinov2(Format):
         width = theirs["hidden_size"]
         if not theirs["qkv_bias"]:
             raise M3Error("its queries, keys and values have no bias, which is not read.")
-        image = hugging.image_of(foreign, theirs, IMAGENET_MEAN, IMAGENET_STD)
+        image = hugging.image_of(foreign, theirs, pairs.IMAGENET_MEAN, pairs.IMAGENET_STD)
         backbone = hugging.tower_of(theirs | {"intermediate_size": int(width * theirs["mlp_ratio"])})
         backbone |= {"class_tokens": 1 + theirs.get("num_register_tokens", 0), "class_positions": True}
         backbone["layer_scale"] = vision.NO_SCALE

@@ -16,7 +16,6 @@ from m3.foreign.checkpoint import Foreign
 from m3.foreign.format import Format, get
 from m3.foreign.rows import Row, one, shaped
 from m3.formats import beit
-from m3.modalities.image import IMAGENET_MEAN, IMAGENET_STD
 
 OUTPUT = "objectives.reconstruct.decoders.image.output"
 
@@ -34,7 +33,7 @@ class Simmim(Format):
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
         """Read the sizes off the shapes; units of 2 x 2 patches, 60 % hidden, and L1 are the paper's."""
         image, backbone = beit.encoder_of(foreign.without_prefix("encoder."), given)
-        image |= {"mean": IMAGENET_MEAN, "std": IMAGENET_STD} if image["channels"] == 3 else {}
+        image |= {"mean": pairs.IMAGENET_MEAN, "std": pairs.IMAGENET_STD} if image["channels"] == 3 else {}
         rows, columns = pairs.tokens_of(image)
         scorer = {"type": "cells", "unit": 1 if rows % 2 or columns % 2 else 2}
         masking = {"type": "fixed", "visible": round(rows * columns * 76 / 196), "hidden": "replace", "scorer": scorer}
