@@ -159,10 +159,13 @@ class Network(Encoder):
             if name in hidden and self._tokenizer(name).mask_values is None:
                 self.mask_tokens[name] = nn.Parameter(torch.empty(1, tower.width))
         for tower in dict.fromkeys(self.tower_of[name] for name in seen):
-            if tower:
-                self.towers[tower] = Backbone(towers[tower])
-            else:
-                self.backbone = Backbone(spec)
+            own = [name for name in self.inputs if self.tower_of[name] == tower]
+            grid = self._tokenizer(own[0]).reference if len(own) == 1 else None
+            with within(f"towers.{tower}" if tower else "backbone"):
+                if tower:
+                    self.towers[tower] = Backbone(towers[tower], grid)
+                else:
+                    self.backbone = Backbone(spec, grid)
         return seen
 
     def _build_tokenizers(self, towers: dict[str, TowerSpec], backbone: BackboneSpec) -> None:

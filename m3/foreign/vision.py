@@ -14,7 +14,7 @@ from torch import Tensor
 from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.rows import Row, joined, one, same, shaped, without_key_bias, zeros
+from m3.foreign.rows import Change, Row, joined, one, same, shaped, without_key_bias, zeros
 from m3.network import build_modalities
 from m3.parts import build_spec
 from m3.positions import grid, sincos
@@ -68,10 +68,14 @@ def unbiased_keys(query: str, value: str, ours: str, depth: int) -> list[Row]:
     ]
 
 
-def scales(theirs: tuple[str, str], ours: str, depth: int) -> list[Row]:
-    """Rows of LayerScale."""
+def scales(theirs: tuple[str, str], ours: str, depth: int, start: float) -> list[Row]:
+    """Rows of LayerScale, whose factors ours keeps as the differences from their start."""
+
+    def move(by: float) -> Change:
+        return lambda x: [x[0] if start == NO_SCALE else (x[0].double() + by).to(x[0].dtype)]
+
     return [
-        one(name.format(n), f"{ours.format(n)}.scale{branch}.difference")
+        Row((name.format(n),), (f"{ours.format(n)}.scale{branch}.difference",), move(-start), move(start))
         for n in range(depth)
         for branch, name in enumerate(theirs, start=1)
     ]

@@ -32,7 +32,7 @@ class HfVit(Format):
     def fits(self, foreign: Foreign) -> bool:
         """Know it by the names of the first block, and that no config says otherwise."""
         needed = {"vit.embeddings.cls_token", "vit.encoder.layer.0.layernorm_before.weight"}
-        is_alone = not any(name.startswith("decoder.") for name in foreign.shapes)
+        is_alone = not any(name.startswith("decoder.") or name.endswith(".lambda_1") for name in foreign.shapes)
         return needed <= foreign.shapes.keys() and is_alone and foreign.settings.get("model_type", "vit") == "vit"
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:

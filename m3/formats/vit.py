@@ -17,7 +17,7 @@ from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign import vision
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.format import Format, get, heads_of, plain, square
+from m3.foreign.format import SHOWN, Format, backbone_of, get, heads_of, square
 from m3.foreign.rows import Left, Row, computed, same, shaped
 from m3.foreign.vision import pair
 
@@ -36,7 +36,8 @@ class Vit(Format):
         needed = {"pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
         strangers = ("decoder", "encoder", "attn_pool", "visual", "text")
         is_alone = needed <= foreign.shapes.keys() and not any(name.startswith(strangers) for name in foreign.shapes)
-        return is_alone and not vision.is_sound(foreign)
+        is_beit = "blocks.0.attn.q_bias" in foreign.shapes
+        return is_alone and not is_beit and not vision.is_sound(foreign)
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
         """Read the sizes off the shapes; mean, deviation and eps are timm's defaults where no config says more."""
@@ -101,7 +102,8 @@ def encoder_of(foreign: Foreign, given: dict[str, Any]) -> tuple[dict[str, Any],
 
 def encoder_rows(config: M3Config, theirs: str = "") -> list[Row]:
     """Return the rows of an encoder of images; `theirs` stands before every name of theirs."""
-    image, backbone = (config.modalities or {})["image"], plain(config.backbone or {}, "a ViT in timm's names")
+    image = (config.modalities or {})["image"]
+    backbone = backbone_of(config, "a ViT in timm's names", free=SHOWN).model_dump()
     width, depth, prefix = backbone["width"], backbone["depth"], backbone["class_tokens"]
     patch, size = pair(image["tokenizer"]["size"]), pair(image["size"])
     tokens = (size[0] // patch[0], size[1] // patch[1])
@@ -120,7 +122,7 @@ def encoder_rows(config: M3Config, theirs: str = "") -> list[Row]:
         rows.append(_class_and_registers(theirs, prefix))
     rows += vision.blocks(block, own, depth, vision.TIMM) + vision.fused(f"{block}.attn.qkv", own, depth)
     if backbone.get("layer_scale"):
-        rows += vision.scales((f"{block}.ls1.gamma", f"{block}.ls2.gamma"), own, depth)
+        rows += vision.scales((f"{block}.ls1.gamma", f"{block}.ls2.gamma"), own, depth, backbone["layer_scale"])
     if backbone.get("qk_norm"):
         names = {"attn.q_norm": "attention.q_norm", "attn.k_norm": "attention.k_norm"}
         rows += vision.blocks(block, own, depth, names)

@@ -49,7 +49,7 @@ ORDER = (
         "value_tokens",
     },
     {"data.world", "data.video", "data.sound", "data.words"},
-    {"backbone", "windows", "masking", "modalities", "tokenizers"},
+    {"relative", "backbone", "windows", "masking", "modalities", "tokenizers"},
     {"maskings"},
     {"heads", "decoder", "coders", "recipe", "masker", "partners", "pooling", "sharing"},
     {"objectives", "data.source", "data.augment", "data.manifest", "data.shards", "schedule", "checkpoint"},

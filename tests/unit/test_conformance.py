@@ -100,6 +100,12 @@ def test_positions_keep_their_contract(kind: str, counts: tuple[int, ...]) -> No
         with pytest.raises(M3Error, match=r"^separable positions need a grid of two or three axes; use `learned` "):
             check_positions({"type": kind}, counts)
         return
+    if kind == "relative":  # the one kind that embeds nothing
+        with pytest.raises(
+            M3Error, match=r"^positions `relative` add nothing, so .* set relative_bias of the backbone"
+        ):
+            check_positions({"type": kind}, counts)
+        return
     check_positions({"type": kind}, counts)
 
 
