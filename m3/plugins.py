@@ -72,6 +72,9 @@ class Modality(ABC):
     reads: str = ""
     """Type of the signal that a source gives it, where that is not its own: features are made of images."""
 
+    from_label: str | None = None
+    """Name of the data's label (`Sample.labels`) that its samples are made of; None: they are signals of the source."""
+
     def __init__(self, spec: Any) -> None:
         self.spec = spec
 

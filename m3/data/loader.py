@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from m3.data.augment import Augmentation, check_geometry
 from m3.data.geometry import random_crop
-from m3.data.source import Drawn, Sample, Source
+from m3.data.source import Drawn, Sample, Source, with_labels
 from m3.errors import M3Error, nearest
 from m3.plugins import Crop, Modality
 from m3.random import stream_number
@@ -98,7 +98,8 @@ class Samples(Dataset[Loaded]):
     def _read(self, number: int) -> Sample:
         """Read a sample, or take the last one again: repeated crops are decoded once."""
         if self._last is None or self._last[0] != number:
-            self._last = (number, self.source.read(number))
+            sample = self.source.read(number)
+            self._last = (number, with_labels(sample, self.modalities, self.spec.missing == "allow"))
         return self._last[1]
 
     def fit(self, sample: Sample, position: int, skipped: tuple[str, ...] = ()) -> Loaded:
