@@ -199,9 +199,9 @@ class M3Model(Network):
         """
         part = self.classifier(objective)
         tokens = self.tokenise(batch.to(self.device))
-        seen = {name: tokens[name] for name in part.view.modalities if name in tokens}
+        seen = {name: tokens[name] for name in part.inputs if name in tokens}
         if not seen:
-            raise M3Error(f"the batch has none of {', '.join(part.view.modalities)}; give at least one of them.")
+            raise M3Error(f"the batch has none of {', '.join(part.inputs)}; give at least one of them.")
         encoded = self.encode_tokens(seen, masking.everything(seen))
         is_there = encoded.plan.is_valid
         logits = part.logits(encoded)

@@ -72,8 +72,6 @@ class Modality(ABC):
     reads: str = ""
     """Type of the signal that a source gives it, where that is not its own: features are made of images."""
 
-    from_label: str | None = None
-    """Name of the data's label (`Sample.labels`) that its samples are made of; None: they are signals of the source."""
 
     def __init__(self, spec: Any) -> None:
         self.spec = spec
@@ -82,6 +80,11 @@ class Modality(ABC):
     def resolve(cls, settings: dict[str, Any]) -> dict[str, Any]:
         """Put the content of files in the place of their paths, so that a model's config needs no file."""
         return settings
+
+    @property
+    def from_label(self) -> str | None:
+        """Name of the data's label (`Sample.labels`) that its samples are made of; None: they are signals."""
+        return None
 
     @property
     @abstractmethod

@@ -23,7 +23,7 @@ HEIGHT, BAR = 32, 4
 
 
 class Label(Modality):
-    """Raw: float32 (K,), the share of each class: 1 and 0, or in between where samples are mixed. Normalised: (B, K, 1).
+    """Raw: float32 (K,), the share of each class: 1 and 0, or between where samples are mixed. Normalised: (B, K, 1).
 
     A single class is read from the labels of the data: the column `label` or `label:NAME` of a manifest, folders that
     are classes, what the world knows of a scene. Several classes are a signal of their own: a sentence of numbers in

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from m3.data.augment import Augmentation, check_geometry
 from m3.data.geometry import random_crop
+from m3.data.mixup import Mixup
 from m3.data.source import Drawn, Sample, Source, with_labels
 from m3.errors import M3Error, nearest
 from m3.plugins import Crop, Modality
@@ -54,6 +55,8 @@ class Samples(Dataset[Loaded]):
         check_geometry(spec, modalities)
         self.source, self.modalities, self.spec, self.seed = source, modalities, spec, seed
         self.augmentation = Augmentation(spec.augment, modalities)
+        is_training = source.split == "train"
+        self.mixup = Mixup(spec.mixup, spec, modalities, seed) if spec.mixup and is_training else None
         self._last: tuple[int, Sample] | None = None
 
     def __getitem__(self, at: tuple[int, int]) -> Loaded:
@@ -87,7 +90,8 @@ class Samples(Dataset[Loaded]):
             own.source, own._last = self.source.stream.source(pairs.rows), None
             return own.__getitems__(pairs.pairs)
         try:
-            return self.collate([self[pair] for pair in pairs])
+            batch = self.collate([self[pair] for pair in pairs])
+            return batch if self.mixup is None else self.mixup(batch)
         except M3Error as error:
             return error
 

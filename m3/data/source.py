@@ -167,8 +167,8 @@ def with_labels(sample: Sample, modalities: dict[str, Modality], may_lack: bool 
         there = ", ".join(sample.labels) or "none"
         raise M3Error(
             f"the data give no label `{label}` for the modality `{name}` (labels there: {there}); set "
-            f"modalities.{name}.of to one of them, add a manifest with a column `label`, or put the files into a folder "
-            f"per class; data.missing=allow trains on samples without it as well."
+            f"modalities.{name}.of to one of them, add a manifest with a column `label`, or put the files into a "
+            f"folder per class; data.missing=allow trains on samples without it as well."
         )
     made = {name: sample.labels[label] for name, label in wanted.items() if label in sample.labels}
     return replace(sample, signals={**sample.signals, **made})

@@ -1,7 +1,8 @@
 """Classification: fine-tuning of a pre-trained encoder, or training from scratch, with labels.
 
 Everything is encoded, nothing hidden; the states become one vector, a linear layer says the class. As in He et al.
-2022, appendix A.1: the vector is the mean of the tokens, normalised after it and not before, and the layer starts near 0.
+2022, appendix A.1: the vector is the mean of the tokens, normalised after it and
+not before, and the layer starts near 0.
 
 Letters: B batch, K classes, D width.
 """
@@ -65,6 +66,7 @@ class Classify(Predictor):
             raise M3Error("smoothing: several classes at once share no sum to smooth; set it to 0.")
         self.view = View(inputs, json.dumps({"type": "fixed", "visible": 1.0}, sort_keys=True))
         self.views = (self.view,)
+        self.inputs = inputs
         self.part_names = (spec.label,)
         self.modality_of, self.is_relative = {spec.label: spec.label}, {spec.label: False}
         self.pool = Pooling(spec.pool, tower)
@@ -78,7 +80,7 @@ class Classify(Predictor):
 
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
         """Return one part, named after the label; samples without label or without any input have no share in it."""
-        view = encoded[self.view]
+        view = encoded[self.views[0]]
         logits = self.logits(view).float()
         takes_part = self._takes_part(view.plan, tokens, len(logits))
         truth = self._truth(tokens, logits)
@@ -92,7 +94,7 @@ class Classify(Predictor):
 
     def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
         """Return the number of samples that have a label and any of the inputs."""
-        plan = plans[self.view]
+        plan = plans[self.views[0]]
         samples = len(next(iter(plan.visible.values())))
         return {self.spec.label: self._takes_part(plan, tokens, samples).sum().float()}
 
