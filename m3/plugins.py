@@ -72,7 +72,6 @@ class Modality(ABC):
     reads: str = ""
     """Type of the signal that a source gives it, where that is not its own: features are made of images."""
 
-
     def __init__(self, spec: Any) -> None:
         self.spec = spec
 

@@ -56,7 +56,7 @@ class Label(Modality):
     @property
     def signal(self) -> Signal:
         """Values (B, K, 1)."""
-        return Signal("values", self.spec.classes, (1,))
+        return Signal("values", self.spec.classes, (1,), label="several" if self.spec.several else "one")
 
     def blank(self, count: int) -> Tensor:
         """Return labels without any class, float32 (B, K)."""

@@ -28,8 +28,8 @@ class Label(Tokenizer):
 
     def __init__(self, spec: Spec, signal: Signal, width: int) -> None:
         super().__init__(spec, signal, width)
-        if signal.kind != "values" or signal.size != (1,) or signal.channel_axis != 1:
-            raise M3Error("tokenizer `label` reads shares of classes at one place; use `vector` for other lists.")
+        if not signal.label:
+            raise M3Error("tokenizer `label` reads classes of whole samples; use `vector` for other lists of numbers.")
         self.reference = signal.size
         self.value_width = self.output_width = signal.channels
 

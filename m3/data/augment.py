@@ -14,7 +14,6 @@ from torch import Tensor
 
 from m3.data.policies import POLICIES
 from m3.errors import M3Error, nearest, read_settings, within
-from m3.modalities.image import Image
 from m3.parts import class_name
 from m3.plugins import Modality, Strict
 from m3.random import stream_number
@@ -120,11 +119,12 @@ class Augmentation:
                 f"{where}: `{spec.type}` moves pixels of `{name}`, which `{others[0]}` can't follow; remove it."
             )
         picture = modalities[name]
-        if not isinstance(picture, Image) or (part.moves and picture.signal.channels != 3):
+        mean, std = (getattr(picture, name, None) for name in ("mean", "std"))
+        if not mean or not std or (part.moves and picture.signal.channels != 3):
             raise M3Error(f"{where}: `{spec.type}` changes pictures in RGB, which `{name}` does not hold; remove it.")
         height, width = picture.signal.size[-2:]
         with within(where):
-            made = part(read_settings(part.Spec, settings, where), picture.mean, picture.std, (height, width))
+            made = part(read_settings(part.Spec, settings, where), mean, std, (height, width))
         return Chance(made, spec.chance)
 
     def __call__(self, signals: dict[str, Tensor], key: str) -> dict[str, Tensor]:

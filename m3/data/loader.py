@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from m3.data.augment import Augmentation, check_geometry
 from m3.data.geometry import random_crop
 from m3.data.mixup import Mixup
-from m3.data.source import Drawn, Sample, Source, with_labels
+from m3.data.source import Drawn, Sample, Source, check_labels, with_labels
 from m3.errors import M3Error, nearest
 from m3.plugins import Crop, Modality
 from m3.random import stream_number
@@ -53,6 +53,7 @@ class Samples(Dataset[Loaded]):
             if name not in modalities:
                 raise M3Error(f"data.drop names `{name}`, which is no modality.{nearest(name, modalities)}")
         check_geometry(spec, modalities)
+        check_labels(source, modalities)
         self.source, self.modalities, self.spec, self.seed = source, modalities, spec, seed
         self.augmentation = Augmentation(spec.augment, modalities)
         is_training = source.split == "train"

@@ -16,7 +16,6 @@ from random import Random
 from torch import Tensor
 
 from m3.errors import M3Error
-from m3.modalities.label import Label
 from m3.plugins import Modality
 from m3.random import stream_number
 from m3.recipe import DataSpec, MixupSpec
@@ -33,7 +32,7 @@ class Mixup:
             M3Error: a modality has no mean of two samples, or no place for a box.
         """
         self.spec, self.seed, self.repeats = spec, seed, data.repeats
-        self.labels = [name for name, part in modalities.items() if isinstance(part, Label)]
+        self.labels = [name for name, part in modalities.items() if part.signal.label]
         self.signals = [name for name in modalities if name not in self.labels]
         for name in self.signals:
             part = modalities[name]

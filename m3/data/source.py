@@ -97,6 +97,10 @@ class Source(ABC):
         """Return modality -> share in [0, 1] of the samples that have it; None: known only by reading them."""
         return None
 
+    def labels(self, name: str) -> Sequence[int | None] | None:
+        """Return label `name` of every sample, None where it has none. None: known only by reading them."""
+        return None
+
     def lengths(self, name: str) -> Sequence[int] | None:
         """Return how long modality `name` of every sample is, in bytes as it is stored, 0 where the sample lacks it.
 
@@ -172,6 +176,28 @@ def with_labels(sample: Sample, modalities: dict[str, Modality], may_lack: bool 
         )
     made = {name: sample.labels[label] for name, label in wanted.items() if label in sample.labels}
     return replace(sample, signals={**sample.signals, **made})
+
+
+def check_labels(source: Source, modalities: dict[str, Modality]) -> None:
+    """Raise where a source that knows its labels shows that they can't be learned, before anything is read.
+
+    Raises:
+        M3Error: a sample has none though none may lack it, or all training samples have the same.
+    """
+    for name, label in ((name, part.from_label) for name, part in modalities.items()):
+        known = None if label is None else source.labels(label)
+        if label is None or not known or all(number is None for number in known):
+            continue
+        if source.spec.missing == "error" and None in known:
+            raise M3Error(
+                f"{source.name(known.index(None))} has no label `{label}`, which `{name}` is made of; label it, put "
+                f"its class's folder among the training samples too, or set data.missing=allow."
+            )
+        if source.split == "train" and len(set(known) - {None}) == 1:
+            raise M3Error(
+                f"all {len(known)} training samples have the label `{label}` {next(iter(set(known) - {None}))}, so "
+                f"there is nothing to tell apart; add samples of another class, or correct data.root."
+            )
 
 
 def coverage(source: Source, samples: int = 256) -> dict[str, float]:

@@ -70,7 +70,9 @@ class Vit(Format):
         notes = [said + "; change them if the model was made otherwise."]
         if config.objectives and "global_pool" not in foreign.settings:
             pool = config.objectives["classify"]["pool"]
-            notes.append(f"objectives.classify.pool={pool} is the usual one for these names; change it to mean or class.")
+            notes.append(
+                f"objectives.classify.pool={pool} is the usual one for these names; change it to mean or class."
+            )
         return notes
 
 
@@ -78,7 +80,9 @@ def has_head(foreign: Foreign) -> bool:
     """Return True where a classifier is whole: a linear layer behind one norm, before or after the pooling."""
     shapes = foreign.shapes
     norms = sum(f"{name}.weight" in shapes for name in ("norm", "fc_norm"))
-    return len(shapes.get("head.weight", ())) == 2 and "head.bias" in shapes and norms == 1 and _pool(foreign) is not None
+    return (
+        len(shapes.get("head.weight", ())) == 2 and "head.bias" in shapes and norms == 1 and _pool(foreign) is not None
+    )
 
 
 def pool_of(foreign: Foreign, backbone: dict[str, Any], given: dict[str, Any]) -> str:

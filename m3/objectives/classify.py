@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error
 from m3.linear import Linear
-from m3.modalities.label import Label
 from m3.objectives.reconstruct import check_modality
 from m3.plugins import Predictor, Strict, Tokenizer, View
 from m3.pooling import Kind, Pooling
@@ -52,8 +51,8 @@ class Classify(Predictor):
         super().__init__()
         self.spec = spec
         check_modality("label", spec.label, tokenizers)
-        modality = tokenizers[spec.label].modality
-        if not isinstance(modality, Label):
+        signal = tokenizers[spec.label].signal
+        if not signal.label:
             raise M3Error(f"label: `{spec.label}` holds no classes of samples; name a modality of `type: label`.")
         inputs = spec.inputs or tuple(name for name in tokenizers if name != spec.label)
         for name in inputs:
@@ -61,7 +60,7 @@ class Classify(Predictor):
         if not inputs or spec.label in inputs:
             raise M3Error("inputs: the label can't be what its own prediction is made of; name other modalities.")
         tower = tokenizers[inputs[0]].tower
-        self.several = modality.spec.several
+        self.several = signal.label == "several"
         if self.several and spec.smoothing:
             raise M3Error("smoothing: several classes at once share no sum to smooth; set it to 0.")
         self.view = View(inputs, json.dumps({"type": "fixed", "visible": 1.0}, sort_keys=True))
@@ -72,7 +71,7 @@ class Classify(Predictor):
         self.pool = Pooling(spec.pool, tower)
         has_norm = tower.norm == "pre" and not tower.final_norm
         self.norm = nn.LayerNorm(tower.width, eps=tower.norm_eps, bias=tower.bias) if has_norm else nn.Identity()
-        self.head = Head(tower.width, modality.spec.classes)
+        self.head = Head(tower.width, signal.channels)
 
     def logits(self, encoded: Encoded) -> Tensor:
         """Return (B, K), for the softmax or, where there are several classes, the sigmoid of each."""
