@@ -97,7 +97,7 @@ class Source(ABC):
         """Return modality -> share in [0, 1] of the samples that have it; None: known only by reading them."""
         return None
 
-    def labels(self, name: str) -> Sequence[int | None] | None:
+    def known_labels(self, name: str) -> Sequence[int | None] | None:
         """Return label `name` of every sample, None where it has none. None: known only by reading them."""
         return None
 
@@ -185,7 +185,7 @@ def check_labels(source: Source, modalities: dict[str, Modality]) -> None:
         M3Error: a sample has none though none may lack it, or all training samples have the same.
     """
     for name, label in ((name, part.from_label) for name, part in modalities.items()):
-        known = None if label is None else source.labels(label)
+        known = None if label is None else source.known_labels(label)
         if label is None or not known or all(number is None for number in known):
             continue
         if source.spec.missing == "error" and None in known:

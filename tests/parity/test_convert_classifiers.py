@@ -63,8 +63,14 @@ def test_logits_of_timm_are_the_same_and_the_weights_go_back(name: str, tmp_path
 
 @pytest.mark.parametrize("kind", ["single_label_classification", "multi_label_classification"])
 def test_logits_of_transformers_are_the_same_and_it_opens_what_is_written(kind: str, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-    config = ViTConfig(**sizes, image_size=24, patch_size=8, num_labels=5, layer_norm_eps=1e-3, problem_type=kind)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
+    more: dict[str, Any] = {"image_size": 24, "patch_size": 8, "num_labels": 5, "layer_norm_eps": 1e-3}
+    config = ViTConfig(**sizes, **more, problem_type=kind)
     theirs: Any = randomised(ViTForImageClassification(config))
     with quietly():
         theirs.save_pretrained(tmp_path / "in")

@@ -49,7 +49,7 @@ class Digits(Source):
         """Return digits/<number in the package>."""
         return self._id(self.numbers[index])
 
-    def labels(self, name: str) -> list[int | None]:
+    def known_labels(self, name: str) -> list[int | None]:
         """Look them up."""
         return [int(self.classes[i]) if name == "digit" else None for i in self.numbers]
 

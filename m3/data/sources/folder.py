@@ -79,7 +79,7 @@ class Folder(Source):
         counts = {name: sum(name in row.values for row in self.rows) for name in self.modalities}
         return {name: count / max(1, len(self.rows)) for name, count in counts.items()}
 
-    def labels(self, name: str) -> list[int | None]:
+    def known_labels(self, name: str) -> list[int | None]:
         """Look them up; no file is opened."""
         return [row.labels.get(name) for row in self.rows]
 
