@@ -70,7 +70,7 @@ def test_logits_of_transformers_are_the_same_and_it_opens_what_is_written(kind: 
         "intermediate_size": 48,
     }
     more: dict[str, Any] = {"image_size": 24, "patch_size": 8, "num_labels": 5, "layer_norm_eps": 1e-3}
-    config = ViTConfig(**sizes, **more, problem_type=kind)
+    config = ViTConfig(**sizes, **more, problem_type=kind)  # type: ignore[arg-type]  # a str
     theirs: Any = randomised(ViTForImageClassification(config))
     with quietly():
         theirs.save_pretrained(tmp_path / "in")
