@@ -127,6 +127,8 @@ def _small_decoder(decoder: dict[str, Any]) -> dict[str, Any]:
 
 def _of_the_world(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a modality so that scenes of the world can be read with them."""
+    if entry["type"] == "label":
+        return {**entry, "of": "shape", "several": False}
     if entry["type"] == "boxes":
         return {**entry, "labels": list(SHAPES)}
     if entry["type"] == "codes" and not Path(entry["path"]).is_dir():

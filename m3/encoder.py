@@ -151,7 +151,8 @@ class Encoder(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as MAE does: xavier-uniform matrices, zero biases, N(0, 0.02) tokens and embeddings."""
         if isinstance(module, nn.Linear | nn.Conv2d):
-            init.xavier_uniform_(module.weight)
+            std = getattr(module, "start_std", None)  # of layers that must start near 0
+            init.xavier_uniform_(module.weight) if std is None else init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d):

@@ -87,6 +87,55 @@ def patches(theirs: str, ours: str, width: int, kernel: tuple[int, ...], has_bia
     return [weight, one(f"{theirs}.bias", f"{ours}.bias") if has_bias else zeros(f"{ours}.bias", (width,))]
 
 
+class Classifier(NamedTuple):
+    """A model of images that names their class.
+
+    Attributes:
+        name: of the objective.
+        label: of the modality.
+        classes: K.
+        pool: what its vector is made of.
+        several: an image may have several classes.
+    """
+
+    name: str
+    label: str
+    classes: int
+    pool: str
+    several: bool
+
+
+def classifier_sections(classes: int, pool: str, several: bool = False) -> dict[str, dict[str, Any]]:
+    """Return what a classifier adds to `modalities` and `objectives`."""
+    label: dict[str, Any] = {"type": "label", "classes": classes, "tokenizer": {"type": "label"}}
+    label |= {"several": True} if several else {}
+    return {"modalities": {"label": label}, "objectives": {"classify": {"type": "classify", "pool": pool}}}
+
+
+def classifier_of(config: M3Config, title: str) -> Classifier | None:
+    """Return the classifier of a model that reads images and may name their class; None: it only encodes.
+
+    Raises:
+        M3Error: it does anything else.
+    """
+    objectives, modalities = config.objectives or {}, config.modalities or {}
+    names = [name for name in modalities if name != "image"]
+    kinds = [entry.get("type") for entry in objectives.values()]
+    if "image" in modalities and not config.towers and not names and not kinds:
+        return None
+    if config.towers or "image" not in modalities or kinds != ["classify"] or len(names) != 1:
+        raise M3Error(
+            f"{title} is one encoder of images, with a head that classifies or without objectives; choose a format "
+            f"that holds more."
+        )
+    ((name, entry),) = objectives.items()
+    spec: Any = build_spec("objectives", entry, f"objectives.{name}")[1]
+    label = modalities[names[0]]
+    if spec.pool not in ("mean", "class") or spec.inputs not in (None, ("image",)):
+        raise M3Error(f"{title} classifies images by the mean of their tokens or the class token; this model does not.")
+    return Classifier(name, names[0], label["classes"], spec.pool, label.get("several", False))
+
+
 def table_of(config: dict[str, Any], tokens: tuple[int, ...], width: int, prefix: int) -> Tensor:
     """Return fixed sin-cos positions (1, R + N, D) in MAE's order, zero for prefix tokens."""
     places = grid(tokens, tokens, torch.device("cpu"))[0]

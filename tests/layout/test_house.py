@@ -52,7 +52,17 @@ ORDER = (
     {"relative", "backbone", "windows", "masking", "modalities", "tokenizers"},
     {"maskings"},
     {"heads", "decoder", "coders", "recipe", "masker", "partners", "pooling", "sharing"},
-    {"objectives", "data.source", "data.augment", "data.manifest", "data.shards", "schedule", "checkpoint"},
+    {
+        "objectives",
+        "data.source",
+        "data.policies",
+        "data.augment",
+        "data.mixup",
+        "data.manifest",
+        "data.shards",
+        "schedule",
+        "checkpoint",
+    },
     {
         "data.sources",
         "data.pack",

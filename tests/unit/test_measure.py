@@ -129,26 +129,6 @@ def test_a_report_escapes_what_it_is_given_and_marks_what_may_be_chance(tmp_path
 # -- data with labels -------------------------------------------------------------------------------------
 
 
-def test_digits_are_split_and_labelled():
-    spec = DataSpec(source="digits", held_out=150)
-    train_source, held_out = (open_data(spec, "image", split=split) for split in ("train", "held_out"))
-    assert (len(train_source), len(held_out)) == (1647, 150)
-    ids = {source: {source.read(i).id for i in range(len(source))} for source in (train_source, held_out)}
-    assert not ids[train_source] & ids[held_out]
-    sample = held_out.read(3)
-    assert sample.signals["image"].shape == (8, 8, 3)
-    assert 0 <= sample.labels["digit"] <= 9
-
-
-def test_folders_are_classes_with_the_same_numbers_in_both_splits(tmp_path):
-    for place in ("train/b/1.png", "train/c/2.png", "val/c/3.png", "val/a/4.png"):
-        picture(tmp_path / place, 1)
-    spec = DataSpec(source="folder", root=str(tmp_path))
-    train_source, held_out = (open_data(spec, "image", split=split) for split in ("train", "held_out"))
-    assert [train_source.read(i).labels for i in range(2)] == [{"label": 1}, {"label": 2}]
-    assert [held_out.read(i).labels for i in range(2)] == [{"label": 0}, {"label": 2}]
-
-
 def test_files_beside_folders_have_no_class(tmp_path):
     for place in ("a/1.png", "b/2.png", "3.png"):
         picture(tmp_path / place, 1)
