@@ -8,7 +8,7 @@ from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign import hugging, vision
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.format import Format, plain
+from m3.foreign.format import SHOWN, Format, backbone_of
 from m3.foreign.rows import Left, Row, same
 from m3.formats.vit_mae import OLD, encoder_rows
 
@@ -77,7 +77,7 @@ def _parts(config: M3Config) -> tuple[dict[str, Any], dict[str, Any], vision.Cla
         M3Error: the model holds anything else.
     """
     found = vision.classifier_of(config, TITLE)
-    backbone = plain(config.backbone or {}, TITLE)
+    backbone = backbone_of(config, TITLE, free=(*SHOWN, "mlp", "final_norm")).model_dump()
     if found and (found.pool != "class" or not backbone["final_norm"]):
         raise M3Error(f"{TITLE} classifies by the class token behind `final_norm`; this model does it otherwise.")
     return (config.modalities or {})["image"], backbone, found
