@@ -13,6 +13,7 @@ NAMES = {
     "clip": ["vision_model.pre_layrnorm.weight", "text_model.final_layer_norm.weight", "logit_scale"],
     "dinov2": ["embeddings.mask_token", "embeddings.cls_token", "encoder.layer.0.layer_scale1.lambda1"],
     "fourm": ["mask_token", "encoder_norm.weight", "decoder_proj_context.weight", "decoder_embeddings.caption.mod_emb"],
+    "fourm_tokenizer": ["quant_proj.weight", "quantize._codebook.embed", "encoder.pos_emb"],
     "hf_vit": ["embeddings.cls_token", "encoder.layer.0.layernorm_before.weight", "layernorm.weight"],
     "open_clip_siglip": ["visual.trunk.attn_pool.latent", "text.token_embedding.weight", "logit_bias"],
     "siglip": ["vision_model.head.probe", "text_model.head.weight", "logit_bias"],
