@@ -7,7 +7,7 @@ Letters: B batch, N content tokens, M codes, D width, R rows and C columns of a 
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch.nn.functional as F
 from pydantic import NonNegativeInt, PositiveInt
@@ -25,9 +25,11 @@ class Coder(Protocol):
 
     Attributes:
         reference: codes along each position axis at the size the model is built for.
+        is_two_way: False: there is no decoder, it only makes codes.
     """
 
     reference: tuple[int, ...]
+    is_two_way: bool
 
     def encode(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Turn embedded tokens (B, N, D) into (B, M, D)."""
@@ -52,25 +54,35 @@ class Vit(nn.Module):
         """Settings of `type: vit`.
 
         Attributes:
-            depth: blocks of the decoder.
+            depth: blocks of the decoder; null: there is none, so that it only makes codes (published tokenizers whose
+                decoder is a diffusion model).
+            tail: what stands behind the blocks on both sides: `norm`, in the encoder as `backbone.final_norm` says;
+                `mlp`: a residual MLP with tanh (ViT-VQGAN, section 3.1; 4M); `none`.
         """
 
-        depth: NonNegativeInt = 12
+        depth: NonNegativeInt | None = 12
+        tail: Literal["norm", "mlp", "none"] = "norm"
 
     def __init__(self, spec: Spec, backbone: BackboneSpec, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.reference = tokenizer.reference
         width, eps = backbone.width, backbone.norm_eps
         self.positions = additive(tokenizer, width, backbone.axis_order)
-        self.encoder = Backbone(backbone.model_copy(update={"class_tokens": 0}))
+        has_norm = backbone.final_norm and spec.tail == "norm"
+        self.encoder = Backbone(backbone.model_copy(update={"class_tokens": 0, "final_norm": has_norm}))
+        self.tail = _tanh_mlp(backbone) if spec.tail == "mlp" else nn.Identity()
+        self.is_two_way = spec.depth is not None
+        if spec.depth is None:
+            return
         self.decoder_positions = additive(tokenizer, width, backbone.axis_order)
         self.blocks = nn.ModuleList([Block(width, backbone.heads, backbone.mlp_ratio, eps) for _ in range(spec.depth)])
-        self.norm = nn.LayerNorm(width, eps=eps)
+        tails = {"norm": lambda: nn.LayerNorm(width, eps=eps), "mlp": lambda: _tanh_mlp(backbone), "none": nn.Identity}
+        self.norm = tails[spec.tail]()
 
     def encode(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Turn embedded tokens (B, N, D) into (B, N, D)."""
         plan = MaskPlan({}, {}, is_valid=tokens.is_valid)
-        return self.encoder(x + self.positions(tokens.positions), plan).states
+        return self.tail(self.encoder(x + self.positions(tokens.positions), plan).states)
 
     def decode(self, x: Tensor, tokens: Tokens) -> Tensor:
         """Turn what codes stand for (B, N, D) into (B, N, D)."""
@@ -102,6 +114,8 @@ class Conv(nn.Module):
 
         stages: NonNegativeInt = 1
         blocks: PositiveInt = 2
+
+    is_two_way = True
 
     def __init__(self, spec: Spec, backbone: BackboneSpec, tokenizer: Tokenizer) -> None:
         super().__init__()
@@ -152,6 +166,8 @@ class Mlp(nn.Module):
 
         depth: PositiveInt = 6
 
+    is_two_way = True
+
     def __init__(self, spec: Spec, backbone: BackboneSpec, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.reference = tokenizer.reference
@@ -171,16 +187,20 @@ class Mlp(nn.Module):
 
 
 class ResidualMlp(nn.Module):
-    """x + mlp(norm(x))."""
+    """x + mlp(norm(x)), with a GELU inside if nothing else is given."""
 
-    def __init__(self, width: int, mlp_ratio: float, eps: float) -> None:
+    def __init__(self, width: int, mlp_ratio: float, eps: float, activation: nn.Module | None = None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=eps)
-        self.mlp = MLP(width, int(width * mlp_ratio))
+        self.mlp = MLP(width, int(width * mlp_ratio), activation=activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., D) to (..., D)."""
         return x + self.mlp(self.norm(x))
+
+
+def _tanh_mlp(spec: BackboneSpec) -> ResidualMlp:
+    return ResidualMlp(spec.width, spec.mlp_ratio, spec.norm_eps, nn.Tanh())
 
 
 def _mlps(spec: BackboneSpec, count: int) -> nn.Sequential:

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -74,28 +75,30 @@ def convert(path: str | Path, overrides: Sequence[str] = (), format: str | None 
 
     Args:
         path: .safetensors, .pth, .pt or .bin file, or a folder of one with its `config.json`.
-        overrides: changes to the config as in a recipe, `backbone.heads=12`.
+        overrides: changes to the config as in a recipe, `backbone.heads=12`; `modalities=a,b` takes these alone of
+            the checkpoint's, where its format can.
         format: name of a file in `m3/formats`; found from the names of the tensors if left out.
 
     Raises:
         M3Error: the file can't be read, is in no known format, or does not fit into it whole.
     """
-    given = with_overrides({}, tuple(overrides))
+    given, overrides = _given(overrides)
     name, form, foreign = _recognised(read_foreign(path), format)
     with within(f"{path} ({form.title})"):
-        sections = form.config(foreign, given)
-        sections["modalities"] = {n: resolved(s, f"modalities.{n}") for n, s in sections["modalities"].items()}
+        if "chosen" in given and not form.is_divisible:
+            raise M3Error("its modalities can't be taken by themselves; leave `modalities=` out.")
+        sections = _resolved(form.config(foreign, given))
         config = _whole(M3Config(**sections))
         rows = form.rows(config)
-        notes = form.notes(foreign, config)
+        notes, left = form.notes(foreign, config), form.left_out(foreign, config)
     model = _empty(config)
     shapes = {key: x.shape for key, x in model.state_dict().items()}
     read = shapes
-    tensors, left = read_rows(rows, foreign.tensors, list(form.left), shapes, str(path))
+    tensors, reasons = read_rows(rows, foreign.tensors, left, shapes, str(path))
     # Some are saved half in half precision (OpenAI's CLIP), but a model computes in one.
     widest = reduce(torch.promote_types, {x.dtype for x in tensors.values() if x.is_floating_point()})
     tensors = {key: x.to(widest) if x.is_floating_point() else x for key, x in tensors.items()}
-    wanted = with_overrides(sections, tuple(overrides))
+    wanted = _resolved(with_overrides(sections, tuple(overrides)))
     if wanted != sections:
         notes += keep_coordinates(sections["modalities"], wanted["modalities"])
         model = _empty(M3Config(**wanted))
@@ -109,7 +112,7 @@ def convert(path: str | Path, overrides: Sequence[str] = (), format: str | None 
             raise M3Error(f"{path} has nothing for `{absent[0]}`, which the overrides ask for; leave them out.")
     model.load_state_dict(tensors, assign=True)
     model.config.about = {"source": form.title}
-    return Conversion(model.eval(), name, form.title, rows, read, left, notes)
+    return Conversion(model.eval(), name, form.title, rows, read, reasons, notes)
 
 
 def save(model: M3Model, out: str | Path, format: str) -> Path:
@@ -175,6 +178,22 @@ def _format(name: str) -> Format:
     if name not in names():
         raise M3Error(f"`{name}` is no format; there are {', '.join(names())}.{nearest(name, names())}")
     return getattr(importlib.import_module(f"m3.formats.{name}"), class_name(name))()
+
+
+def _given(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the settings that overrides give, and the overrides but for `modalities=a,b`, which is `chosen` there."""
+    choices = [text for text in overrides if re.match(r"modalities=(?!\s*\{)", text)]
+    others = [text for text in overrides if text not in choices]
+    given = with_overrides({}, others)
+    if choices:
+        given["chosen"] = [name.strip(" []") for name in choices[-1].partition("=")[2].split(",")]
+    return given, others
+
+
+def _resolved(sections: dict[str, Any]) -> dict[str, Any]:
+    """Put the content of files in the place of their paths."""
+    modalities = {name: resolved(entry, f"modalities.{name}") for name, entry in sections["modalities"].items()}
+    return sections | {"modalities": modalities}
 
 
 def _recognised(foreign: Foreign, wanted: str | None) -> tuple[str, Format, Foreign]:

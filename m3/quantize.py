@@ -196,7 +196,8 @@ class Vq(nn.Module):
         """
         batch, count, width = z.shape
         with torch.autocast("cuda" if z.is_cuda else "cpu", enabled=False):
-            rows = self._fitted(z.float().reshape(batch * count, self.heads, -1).transpose(0, 1))  # (H, M, E)
+            full = z.to(torch.promote_types(z.dtype, torch.float32))
+            rows = self._fitted(full.reshape(batch * count, self.heads, -1).transpose(0, 1))  # (H, M, E)
             indices = self._nearest(rows.detach(), self.book)
             codes = torch.where(self.steps > 0, _look_up(self.book, indices), rows.detach())
             losses = (rows - codes).square().mean((0, 2)).view(batch, count)
@@ -228,9 +229,9 @@ class Vq(nn.Module):
     def _fitted(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=-1) if self.spec.cosine else x
 
-    @staticmethod
-    def _nearest(rows: Tensor, book: Tensor) -> Tensor:
+    def _nearest(self, rows: Tensor, book: Tensor) -> Tensor:
         """Return (H, M) the number of the nearest code: rows (H, M, E), book (H, K, E)."""
+        book = self._fitted(book)  # published codes are means of unit vectors, and shorter
         return (rows @ book.transpose(1, 2) - book.square().sum(-1).unsqueeze(1) / 2).argmax(-1)
 
     @torch.compiler.disable()

@@ -17,7 +17,8 @@ class Signal(NamedTuple):
         classes: number of classes, 0 for values.
         has_gaps: some positions may be unknown: NaN in values, -1 in class ids. No loss asks for them.
         channel_axis: of a batch of values: 1, or -1 for lists of points.
-        sentinels: how many of the classes, the last ones, stand for hidden spans; they make it a sequence.
+        sentinels: how many of the classes stand for hidden spans; they make it a sequence.
+        first_sentinel: the class of the first of them, the others follow; None: they are the last classes.
         label: values are shares of the classes of a whole sample, which has `one` of them or `several`; empty: they are
             not.
         is_boxed: the last four channels are a box: left, top, right, bottom.
@@ -32,6 +33,13 @@ class Signal(NamedTuple):
     is_boxed: bool = False
     sentinels: int = 0
     label: Literal["", "one", "several"] = ""
+    first_sentinel: int | None = None
+
+    @property
+    def sentinel_ids(self) -> range | None:
+        """Class ids of the sentinels; None: it is no sequence."""
+        first = self.classes - self.sentinels if self.first_sentinel is None else self.first_sentinel
+        return range(first, first + self.sentinels) if self.sentinels else None
 
     def extent(self, signal: Tensor) -> tuple[int, ...]:
         """Return the size along the position axes of a batch (B, ...) of normalised signals."""

@@ -33,6 +33,7 @@ class M3Tokenizer:
         modality: it.
         codes: K.
         grid: codes along each axis at the size the model was built for; with H > 1 heads the last axis is H.
+        is_two_way: False: it only makes codes, and `decode` raises M3Error.
     """
 
     def __init__(self, model: M3Model) -> None:
@@ -47,7 +48,7 @@ class M3Tokenizer:
         self.name = self._coder.spec.of
         self.modality: Modality = model.modalities[self.name]
         quantiser = self._coder.quantiser
-        self.codes = quantiser.codes
+        self.codes, self.is_two_way = quantiser.codes, self._coder.coder.is_two_way
         self.grid = (*self._coder.coder.reference, *([quantiser.heads] if quantiser.heads > 1 else []))
 
     @classmethod

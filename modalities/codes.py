@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m3.codebook import spread_codes
+from m3.drawing import hide
 from m3.errors import M3Error
 from m3.parts import type_name
 from m3.plugins import Crop, File, Modality, Signal, Strict, ending
@@ -21,13 +22,17 @@ from m3.plugins import Crop, File, Modality, Signal, Strict, ending
 if TYPE_CHECKING:
     from m3.tokenizer_model import M3Tokenizer
 
+DRAWN = 8
+"""Pixels of one code in a picture of code numbers."""
+
 
 class Codes(Modality):
     """Raw: int32 (*grid) in [0, K), -1 behind the end of a recording. Normalised: the same, int64 (B, *grid).
 
     A sample is an array of code numbers, or a signal that the tokenizer reads (a picture, a sound), which is then
     encoded, whole, when it is loaded. So a model that trained on shards of codes reads pictures too.
-    Pictures and scores are those of the decoded signals; the truth is what the true codes stand for.
+    Pictures and scores are those of the decoded signals; the truth is what the true codes stand for. Of a tokenizer
+    without a decoder they are of the code numbers: a colour for each, and the share of right ones.
     """
 
     class Spec(Strict):
@@ -49,7 +54,10 @@ class Codes(Modality):
         described = describe(spec.path)
         self.inner, self.codes, self.grid = described.modality, described.codes, described.grid
         self.extensions = tuple(dict.fromkeys((".npy", *self.inner.extensions)))
+        self.is_two_way = described.is_two_way
         self.measure, self.higher_is_better = self.inner.measure, self.inner.higher_is_better
+        if not self.is_two_way:
+            self.measure, self.higher_is_better = "accuracy of codes", True
         self.reads = self.inner.reads or type_name(type(self.inner).__name__)
 
     @classmethod
@@ -106,17 +114,22 @@ class Codes(Modality):
 
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw what (*grid) codes stand for; places of hidden codes are marked as the tokenizer's modality does."""
+        if not self.is_two_way:
+            return _coloured(signal.flatten(1), None if is_known is None else is_known.flatten(1))
         hidden = None if is_known is None else spread_codes(is_known.unsqueeze(0), self._size(signal.shape))[0]
         return self.inner.show(self._decoded(signal.unsqueeze(0))[0], hidden)
 
     def score(self, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
         """Compare what (B, *grid) codes stand for, in the measure of the tokenizer's modality."""
+        if not self.is_two_way:
+            counts = weight.bool() & (truth >= 0)
+            return torch.stack([((predicted == truth) & counts).sum(), counts.sum()]).double()
         counts = spread_codes(weight.bool() & (truth >= 0), self._size(truth.shape[1:]))
         return self.inner.score(self._decoded(predicted), self._decoded(truth), counts)
 
     def finish_score(self, sums: Tensor) -> float:
         """Return the measure of the tokenizer's modality."""
-        return self.inner.finish_score(sums)
+        return self.inner.finish_score(sums) if self.is_two_way else float(sums[0] / sums[1])
 
     def _decoded(self, codes: Tensor) -> Tensor:
         """Return the signals (B, ...) of codes (B, *grid); where there is none, code 0 stands in."""
@@ -139,6 +152,13 @@ class Codes(Modality):
 
     def _frozen(self, device: torch.device | str) -> M3Tokenizer:
         return _load(self.spec.path, self._stamp).to(device)
+
+
+def _coloured(codes: Tensor, is_known: Tensor | None) -> np.ndarray:
+    """Draw code numbers (rows, columns), each in a colour of its own that says nothing more."""
+    colours = np.random.default_rng(0).integers(0, 256, (int(codes.max()) + 2, 3), dtype=np.uint8)
+    picture = hide(colours[codes.cpu().numpy()], is_known)
+    return picture.repeat(DRAWN, 0).repeat(DRAWN, 1)
 
 
 @cache

@@ -34,7 +34,9 @@ class Text(Modality):
             vocabulary: a list of whole words; the path of a `tokenizer.json` (WordPiece, BPE, Unigram) or of a
                 sentencepiece `.model`; or `open_clip:` for CLIP's. A file's content goes into the config.
             length: L that the model is built for; longer sentences are cut.
-            sentinels: further ids, behind those of the vocabulary, that stand for hidden spans (T5: 100).
+            sentinels: ids that stand for hidden spans, further ones behind those of the vocabulary (T5: 100).
+            first_sentinel: id of the first where they are entries of the vocabulary itself, one behind the other (4M:
+                199 from 5 on); null: they are none.
             start: token in front of every sentence, e.g. CLIP's `<start_of_text>`; null: none.
             end: token behind every sentence, also behind one that is cut, e.g. CLIP's `<end_of_text>`.
             fill: token that fills every sentence up to `length` and is read like any other (FLIP's `[PAD]`, SigLIP's
@@ -45,6 +47,7 @@ class Text(Modality):
         vocabulary: str | list[str]
         length: PositiveInt = 64
         sentinels: NonNegativeInt = 0
+        first_sentinel: NonNegativeInt | None = None
         start: str | None = None
         end: str | None = None
         fill: str | None = None
@@ -61,6 +64,12 @@ class Text(Modality):
         self.vocabulary = open_vocabulary(describe(spec.vocabulary))
         self._start, self._end = self._numbers("start"), self._numbers("end")
         self._fill = self._numbers("fill")
+        self._further = spec.sentinels if spec.first_sentinel is None else 0
+        if spec.first_sentinel is not None and spec.first_sentinel + spec.sentinels > self.vocabulary.size:
+            raise M3Error(
+                f"text.first_sentinel: {spec.sentinels} sentinels from id {spec.first_sentinel} on do not lie in a "
+                f"vocabulary of {self.vocabulary.size} entries; lower one of them."
+            )
         if spec.length <= len(self._start + self._end):
             raise M3Error(f"text.length: {spec.length} leaves no room beside `start` and `end`; raise it.")
 
@@ -87,8 +96,15 @@ class Text(Modality):
     @property
     def signal(self) -> Signal:
         """Ids (B, L)."""
-        classes = self.vocabulary.size + self.spec.sentinels
-        return Signal("classes", 1, (self.spec.length,), classes, has_gaps=True, sentinels=self.spec.sentinels)
+        sentinels = {"sentinels": self.spec.sentinels, "first_sentinel": self.spec.first_sentinel}
+        return Signal(
+            "classes", 1, (self.spec.length,), self.vocabulary.size + self._further, has_gaps=True, **sentinels
+        )
+
+    @property
+    def _sentinels(self) -> range:
+        """Ids of the sentinels, perhaps none."""
+        return self.signal.sentinel_ids or range(0)
 
     def sentinel(self, number: int) -> int:
         """Return the id of a sentinel, numbered from 0.
@@ -101,14 +117,14 @@ class Text(Modality):
                 f"a text has no sentinel {number}: there are {self.spec.sentinels}, numbered from 0; raise "
                 f"`sentinels` in its settings."
             )
-        return self.vocabulary.size + number
+        return self._sentinels[number]
 
     def decode(self, ids: list[int]) -> str:
         """Write ids out as a sentence; sentinels are <S0>, <S1> ..., and -1 is left out."""
-        written = []
-        for is_own, run in groupby((i for i in ids if i >= 0), key=lambda i: i < self.vocabulary.size):
+        written, sentinels = [], self._sentinels
+        for is_sentinel, run in groupby((i for i in ids if i >= 0), key=lambda i: i in sentinels):
             part = list(run)
-            written += [self.vocabulary.decode(part)] if is_own else [f"<S{i - self.vocabulary.size}>" for i in part]
+            written += [f"<S{i - sentinels.start}>" for i in part] if is_sentinel else [self.vocabulary.decode(part)]
         return " ".join(part.strip() for part in written)
 
     def blank(self, count: int) -> Tensor:
@@ -159,10 +175,10 @@ class Text(Modality):
     def _edges(self) -> tuple[Tensor, Tensor]:
         """Which ids begin and which end a word, bool (K + 1,); the last entry is that of -1.
 
-        Sentinels and padding stand alone.
+        Further sentinels and padding stand alone; of the vocabulary's own entries it says so itself.
         """
         begins, ends = self.vocabulary.word_edges()
-        alone = [True] * (self.spec.sentinels + 1)
+        alone = [True] * (self._further + 1)
         return torch.tensor([*begins, *alone]), torch.tensor([*ends, *alone])
 
     def groups(self, signal: Tensor) -> Tensor:

@@ -34,10 +34,12 @@ class Embedding(Tokenizer):
         super().__init__(spec, signal._replace(classes=classes, sentinels=sentinels), width)
         if signal.kind != "classes":
             raise M3Error(f"tokenizer `embedding` reads ids, got {signal.kind}; use `patch` for maps of values.")
+        if spec.sentinels and signal.first_sentinel is not None:
+            raise M3Error("the modality says where its sentinels are; remove those of the tokenizer `embedding`.")
         if sentinels and len(signal.size) != 1:
             raise M3Error(f"sentinels are for sequences, but this signal has {len(signal.size)} axes; remove them.")
         self.reference, self.axes, self.output_width = signal.size, len(signal.size), classes
-        self.sentinels = range(classes - sentinels, classes) if sentinels else None
+        self.sentinels = self.signal.sentinel_ids
         # One more row for padding, which is never seen but must have a place to look up.
         self.table = nn.Embedding(classes + signal.has_gaps, width)
 
@@ -63,7 +65,9 @@ class Embedding(Tokenizer):
     def decode(self, output: Tensor) -> Tensor:
         """Return the most likely ids (B, N, 1) of scores (B, N, K), -1 where that is a sentinel: nothing is there."""
         ids = output.argmax(-1, keepdim=True)
-        return ids if self.sentinels is None else ids.masked_fill(ids >= self.sentinels.start, -1)
+        if self.sentinels is None:
+            return ids
+        return ids.masked_fill((ids >= self.sentinels.start) & (ids < self.sentinels.stop), -1)
 
     def tied_weight(self) -> Tensor:
         """Return the rows of real ids (K, D)."""

@@ -31,11 +31,13 @@ class Format(ABC):
         title: what people call it.
         left: names that are not needed, with the reason.
         files: what the library calls the weights and the settings in a folder.
+        is_divisible: `modalities=a,b` takes some of its modalities and leaves the others out.
     """
 
     title: ClassVar[str]
     left: ClassVar[tuple[Left, ...]] = ()
     files: ClassVar[tuple[str, str]] = ("model.safetensors", "config.json")
+    is_divisible: ClassVar[bool] = False
 
     def tidy(self, foreign: Foreign) -> Foreign:
         """Bring the variants of the format to one: older names, prefixes."""
@@ -47,7 +49,12 @@ class Format(ABC):
 
     @abstractmethod
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
-        """Return the sections of our config for the model; `given` are the user's settings, for what nothing tells."""
+        """Return the sections of our config for the model.
+
+        Args:
+            foreign: the checkpoint, tidied.
+            given: the user's settings, for what nothing tells; `chosen` in it are the names of `modalities=a,b`.
+        """
 
     @abstractmethod
     def rows(self, config: M3Config) -> list[Row]:
@@ -60,6 +67,10 @@ class Format(ABC):
     def settings(self, config: M3Config) -> dict[str, Any]:
         """Return what the library wants to read in its own file beside the tensors; empty: it reads none."""
         return {}
+
+    def left_out(self, foreign: Foreign, config: M3Config) -> list[Left]:
+        """Return which of its names this model does not need, with the reason."""
+        return list(self.left)
 
     def notes(self, foreign: Foreign, config: M3Config) -> list[str]:
         """Return sentences on what was chosen because nothing in the file tells."""

@@ -1,12 +1,12 @@
-"""4M (apple/ml-4m): one encoder and one decoder of many modalities; what is read are pixels and maps of codes.
+"""4M (apple/ml-4m): one encoder and one decoder of many modalities: pixels, maps of codes and sequences of words.
 
     mask_token, encoder_embeddings.M.(mod_emb, pos_emb, proj or token_emb), encoder.N.(norm1, attn, norm2, mlp),
     encoder_norm, decoder_proj_context, decoder_embeddings.M.(mod_emb, pos_emb, token_emb, to_logits),
     decoder.N.(norm1, self_attn, query_norm, context_norm, cross_attn, norm2, mlp), decoder_norm
 
 Its config is `config.json`, or the metadata of the one file, as text. A modality keeps its name, `tok_rgb@224`.
-Sequences (captions, boxes ...) share a vocabulary with the sentinels in its midst, which ours can't say: they stay
-behind, and the rest is the model without them. Letters: D width, n places, K codes, h, w patch.
+`modalities=rgb,tok_depth` takes some of its modalities alone (what each is: `m3/foreign/fourm.py`). TerraMind, a fork,
+has the same names and pixels of more channels. Letters: D width, n places, K codes, h, w patch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import ast
 import json
 import re
 from collections.abc import Callable
-from math import isqrt
 from typing import Any
 
 import torch
@@ -24,13 +23,12 @@ from torch import Tensor
 from m3.backbone import BackboneSpec
 from m3.config import M3Config
 from m3.errors import M3Error
-from m3.foreign import vision
+from m3.foreign import fourm, vision
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.format import Format, backbone_of, get
-from m3.foreign.rows import Left, Row, computed, same, shaped, zeros
+from m3.foreign.rows import Left, Row, computed, one, padded, same, shaped, zeros
 from m3.parts import build_spec
 
-SEQUENCES = r"(?:caption|det|metadata|human_poses|color_palette|sam_instance|t5_caption)(?:@\d+)?"
 OBJECTIVE = "objectives.translate"
 ENCODER = {"attn.qkv": "attention.qkv", "attn.proj": "attention.projection"}
 DECODER = {
@@ -46,7 +44,7 @@ class Fourm(Format):
     """4M's own code."""
 
     title = "4M"
-    left = (Left(rf"(encoder|decoder)_embeddings\.{SEQUENCES}\..*", "a sequence, whose vocabulary ours can't say"),)
+    is_divisible = True
 
     def tidy(self, foreign: Foreign) -> Foreign:
         """Give shared tensors, which are saved once, both names."""
@@ -70,13 +68,14 @@ class Fourm(Format):
         """Read its config and the sizes off the shapes; budgets and mixture are those of the paper.
 
         Raises:
-            M3Error: it predicts what it does not read.
+            M3Error: a modality does not fit.
         """
         shapes, theirs = foreign.shapes, {name: _value(x) for name, x in foreign.settings.items()}
-        inputs, outputs = (_modalities(foreign, f"{part}_embeddings") for part in ("encoder", "decoder"))
-        if strange := [name for name in outputs if name not in inputs]:
-            raise M3Error(f"it predicts `{strange[0]}`, which it does not read; ours reads all that it predicts.")
-        modalities = {name: _modality(foreign, name) for name in inputs}
+        taken = fourm.chosen(foreign, given.get("chosen"))
+        outputs = [name for name in fourm.names_of(foreign, "decoder") if name in taken]
+        modalities = {name: fourm.modality_of(foreign, name, given) for name in taken}
+        if not outputs:
+            raise M3Error("none of `modalities` is one that it predicts; add one of its codes or sequences.")
         width = shapes["mask_token"][2]
         hidden, is_gated = shapes["encoder.0.mlp.fc1.weight"][0], "encoder.0.mlp.fc3.weight" in shapes
         backbone = {
@@ -93,8 +92,12 @@ class Fourm(Format):
         }
         component = {"inputs": 0.5, "targets": dict.fromkeys(outputs, 0.5)}
         masking = {"type": "budget", "visible": 128, "targets": 128, "mixture": [component]}
-        translate = {"type": "translate", "modalities": tuple(inputs), "outputs": tuple(outputs), "masking": masking}
+        translate = {"type": "translate", "modalities": tuple(taken), "outputs": tuple(outputs), "masking": masking}
         translate["depth"] = foreign.count(r"decoder\.(\d+)\.")
+        if any(entry["type"] == "text" for entry in modalities.values()):
+            masking["counted"] = True
+            heads = [f"decoder_embeddings.{name}" for name in outputs if modalities[name]["type"] == "text"]
+            translate["tied"] = all(_is_tied(foreign, head) for head in heads)
         return {"modalities": modalities, "backbone": backbone, "objectives": {"translate": translate}}
 
     def rows(self, config: M3Config) -> list[Row]:
@@ -102,15 +105,15 @@ class Fourm(Format):
         settings, spec = self._settings(config)
         width = spec.width
         rows = [shaped("mask_token", f"{OBJECTIVE}.mask_token", (1, 1, width), (1, width))]
+        if all(_is_text(config, name) for name in settings.outputs):
+            rows = [computed("mask_token", torch.zeros(1, 1, width))]
         rows += same("decoder_proj_context", f"{OBJECTIVE}.context")
         for name in config.modalities or {}:
             rows += _input_rows(config, name, spec.width, name in settings.outputs)
         for name in settings.outputs:
             theirs, ours = f"decoder_embeddings.{name}", f"{OBJECTIVE}.places.{name}"
-            rows += [
-                _places(config, f"{theirs}.pos_emb", ours, name, width),
-                _tied(theirs, f"{OBJECTIVE}.heads.{name}"),
-            ]
+            rows.append(_places(config, f"{theirs}.pos_emb", ours, name, width))
+            rows += _head_rows(theirs, name, _is_text(config, name), settings.tied)
         norms = _norms(spec)
         for n in range(spec.depth):
             rows += _block(f"encoder.{n}", f"backbone.blocks.{n}", ENCODER, spec)
@@ -163,11 +166,37 @@ class Fourm(Format):
             "share_modality_embeddings": True,
         }
 
+    def left_out(self, foreign: Foreign, config: M3Config) -> list[Left]:
+        """Name the modalities that are not taken."""
+        bad, gone = fourm.obstacles(foreign), []
+        for name in dict.fromkeys([*fourm.names_of(foreign, "encoder"), *fourm.names_of(foreign, "decoder")]):
+            if name not in (config.modalities or {}):
+                gone.append(
+                    Left(rf"(en|de)coder_embeddings\.{re.escape(name)}\..*", bad.get(name, "it was not chosen"))
+                )
+        return gone
+
     def notes(self, foreign: Foreign, config: M3Config) -> list[str]:
-        """Say what stays behind, and what no tensor tells."""
-        heads = (config.backbone or {})["heads"]
-        said = ["sequences (captions, boxes ...) are left out; predictions are those of the model without them."]
-        return said if "num_heads" in foreign.settings else [*said, f"backbone.heads={heads} gives heads of width 64."]
+        """Say what no tensor tells, and what is not read."""
+        said, modalities = [], config.modalities or {}
+        if "num_heads" not in foreign.settings:
+            said.append(f"backbone.heads={(config.backbone or {})['heads']} gives heads of width 64.")
+        nameless = [n for n, x in modalities.items() if x["type"] == "text" and x["vocabulary"].startswith("words:")]
+        if nameless:
+            said.append(
+                f"{', '.join(nameless)}: words are numbers of entries, as the file has no vocabulary; give "
+                f"modalities.{nameless[0]}.vocabulary=TOKENIZER.json for each."
+            )
+        said += [
+            f"{name}: mean and std of its {x['channels']} channels are not in the file; give them in modalities.{name}."
+            for name, x in modalities.items()
+            if x["type"] == "image" and x["channels"] != 3
+        ]
+        for name in get(config.objectives or {}, "translate.outputs", ()):
+            theirs = f"decoder_embeddings.{name}"
+            if not _is_text(config, name) and not _is_tied(foreign, theirs):
+                said.append(f"{theirs}.token_emb is another than its head; no prediction reads it, so it is left out.")
+        return said
 
 
 def _value(text: Any) -> Any:
@@ -182,31 +211,13 @@ def _value(text: Any) -> Any:
     return text
 
 
-def _modalities(foreign: Foreign, part: str) -> list[str]:
-    """Return the names of one side's modalities that are no sequences."""
-    names = dict.fromkeys(name.split(".")[1] for name in foreign.shapes if name.startswith(f"{part}."))
-    return [name for name in names if not re.fullmatch(SEQUENCES, name)]
+def _is_text(config: M3Config, name: str) -> bool:
+    return (config.modalities or {})[name]["type"] == "text"
 
 
-def _modality(foreign: Foreign, name: str) -> dict[str, Any]:
-    """Return our settings of one of its inputs: pixels, or codes on a grid."""
-    theirs = f"encoder_embeddings.{name}"
-    table = foreign.tensors[f"{theirs}.pos_emb"]
-    count, width = table.shape[1:]
-    side = isqrt(count)
-    fixed = side * side == count and width % 4 == 0
-    fixed = fixed and torch.allclose(table.float(), _table((side, side), width), rtol=0, atol=1e-5)
-    tokens = (side, side) if fixed else (count, 1)
-    learned = {} if fixed else {"positions": {"type": "learned"}}
-    values = foreign.shapes.get(f"{theirs}.proj.weight")
-    if values is None:
-        classes = foreign.shapes[f"{theirs}.token_emb.weight"][0]
-        codes = {"type": "semantic_map", "size": tokens, "classes": classes, "tokenizer": {"type": "embedding"}}
-        return codes | learned
-    patch = isqrt(values[1] // 3)
-    if patch * patch * 3 != values[1] or not fixed:
-        raise M3Error(f"`{theirs}` is not of square patches of three channels with fixed positions; it can't be read.")
-    return {"type": "image", "size": side * patch, "channels": 3, "tokenizer": {"type": "patch", "size": patch}}
+def _is_tied(foreign: Foreign, theirs: str) -> bool:
+    """True where the embedding of words in the decoder is the head."""
+    return torch.equal(*(foreign.tensors[f"{theirs}.{part}.weight"] for part in ("token_emb", "to_logits")))
 
 
 def _ratio(hidden: int, width: int, is_gated: bool) -> float:
@@ -218,20 +229,18 @@ def _ratio(hidden: int, width: int, is_gated: bool) -> float:
     raise M3Error(f"no mlp_ratio gives the {hidden} hidden channels of the MLP beside a width of {width}.")
 
 
-def _table(tokens: tuple[int, ...], width: int) -> Tensor:
-    return vision.table_of({"axis_order": "yx"}, tokens, width, 0)
-
-
 def _places(config: M3Config, theirs: str, ours: str, name: str, width: int) -> Row:
     """Row of the positions of a modality."""
     entry = (config.modalities or {})[name]
+    if entry["type"] == "text":
+        return computed(theirs, fourm.row_table(width))
     if entry["type"] == "image":
         tokens = vision.cut_of(config, name).tokens
     else:
         tokens = (entry["size"],) * 2 if isinstance(entry["size"], int) else tuple(entry["size"])
     if entry.get("positions", {}).get("type") == "learned":
         return vision.learned(theirs, f"{ours}.table", tokens)
-    return computed(theirs, _table(tokens, width))
+    return computed(theirs, fourm.square_table(tokens, width))
 
 
 def _input_rows(config: M3Config, name: str, width: int, is_output: bool) -> list[Row]:
@@ -242,8 +251,10 @@ def _input_rows(config: M3Config, name: str, width: int, is_output: bool) -> lis
         rows.append(_shared(f"{theirs}.mod_emb", f"decoder_embeddings.{name}.mod_emb", embedding))
     else:
         rows.append(shaped(f"{theirs}.mod_emb", embedding, (1, 1, width), (1, width)))
+    if _is_text(config, name):
+        return [*rows, padded(f"{theirs}.token_emb.weight", f"{ours}.table.weight")]
     if (config.modalities or {})[name]["type"] != "image":
-        return [*rows, Row((f"{theirs}.token_emb.weight",), (f"{ours}.table.weight",))]
+        return [*rows, one(f"{theirs}.token_emb.weight", f"{ours}.table.weight")]
     cut = vision.cut_of(config, name)
     order = vision.values_order(cut.patch, cut.channels)
 
@@ -268,10 +279,13 @@ def _shared(one: str, two: str, ours: str) -> Row:
     return Row((one, two), (ours,), lambda x: [_both((one, two), x)[0]], lambda x: [x[0][None], x[0][None].clone()])
 
 
-def _tied(theirs: str, ours: str) -> Row:
-    """Row of a modality's head; its embedding in the decoder, which maps of codes never look up, is the same."""
-    names = (f"{theirs}.token_emb.weight", f"{theirs}.to_logits.weight")
-    return Row(names, (f"{ours}.weight",), lambda x: [_both(names, x)], lambda x: [x[0], x[0].clone()])
+def _head_rows(theirs: str, name: str, is_text: bool, is_tied: bool) -> list[Row]:
+    """Rows of a modality's head, and of its embedding in the decoder, which only sequences look up."""
+    names, head = (f"{theirs}.token_emb.weight", f"{theirs}.to_logits.weight"), f"{OBJECTIVE}.heads.{name}.weight"
+    words = f"{OBJECTIVE}.words.{name}.weight"
+    if is_text and not is_tied:
+        return [one(names[0], words), one(names[1], head)]
+    return [Row(names, (words if is_text else head,), lambda x: [x[1]], lambda x: [x[0], x[0].clone()])]
 
 
 def _norms(spec: BackboneSpec) -> Callable[[str, str], list[Row]]:

@@ -58,8 +58,9 @@ class Autoencode(Predictor):
         quantiser, settings = build_spec("quantisers", spec.quantiser, "autoencode.quantiser")
         self.quantiser: Quantiser = quantiser(settings)
         self.to_code = Linear(backbone.width, self.quantiser.width)
-        self.from_code = Linear(self.quantiser.width, backbone.width)
-        self.output = Linear(backbone.width, tokenizer.output_width)
+        if self.coder.is_two_way:
+            self.from_code = Linear(self.quantiser.width, backbone.width)
+            self.output = Linear(backbone.width, tokenizer.output_width)
         self.modality_of, self.is_relative = {spec.of: spec.of}, {spec.of: False}
         self._tokens_per_code = math.prod(tokenizer.reference) // math.prod(self.coder.reference)
         self.part_names = (spec.of, *(["commitment"] if self.quantiser.commitment else []))
@@ -141,7 +142,15 @@ class Autoencode(Predictor):
         return self.quantiser(self.to_code(x), self.coder.is_valid(tokens))
 
     def _decode(self, quantised: Tensor, tokens: Tokens) -> Tensor:
-        """Turn codes (B, M, d) into (B, N, output width)."""
+        """Turn codes (B, M, d) into (B, N, output width).
+
+        Raises:
+            M3Error: there is no decoder.
+        """
+        if not self.coder.is_two_way:
+            raise M3Error(
+                f"this tokenizer of `{self.spec.of}` only makes codes: its decoder is null; use it for those."
+            )
         return self.output(self.coder.decode(self.from_code(quantised), tokens))
 
     def _own(self, tokens: dict[str, Tokens]) -> Tokens:

@@ -183,7 +183,7 @@ class Translate(Predictor):
             sentinel that says so; elsewhere the token's own id.
         """
         assert tokens.sentinels is not None, "only sequences are said"
-        first = tokens.sentinels.start
+        first, stop = tokens.sentinels.start, tokens.sentinels.stop
         runs, scores = find_runs(is_hidden), []
         said = torch.full_like(runs.total, first)
         for _ in range(tokens.count + 1):
@@ -194,7 +194,7 @@ class Translate(Predictor):
             said = torch.cat([said, scores[-1].argmax(-1, keepdim=True)], dim=1)
             if bool((said == first + runs.total).any(1).all()):
                 break
-        is_sentinel, step = said >= first, torch.arange(said.shape[1], device=said.device)
+        is_sentinel, step = (said >= first) & (said < stop), torch.arange(said.shape[1], device=said.device)
         begin = torch.where(is_sentinel, step, 0).cummax(dim=1).values
         run, offset = said.gather(1, begin) - first, step - begin - 1
         fits = (runs.number.unsqueeze(2) == run.unsqueeze(1)) & (runs.offset.unsqueeze(2) == offset.unsqueeze(1))

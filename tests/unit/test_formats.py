@@ -13,6 +13,8 @@ NAMES = {
     "bert": ["embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight"],
     "clip": ["vision_model.pre_layrnorm.weight", "text_model.final_layer_norm.weight", "logit_scale"],
     "dinov2": ["embeddings.mask_token", "embeddings.cls_token", "encoder.layer.0.layer_scale1.lambda1"],
+    "fourm": ["mask_token", "encoder_norm.weight", "decoder_proj_context.weight", "decoder_embeddings.caption.mod_emb"],
+    "fourm_tokenizer": ["quant_proj.weight", "quantize._codebook.embed", "encoder.pos_emb"],
     "hf_beit": ["embeddings.cls_token", "encoder.layer.0.layernorm_before.weight", "encoder.layer.0.lambda_1"],
     "hf_data2vec_vision": ["embeddings.cls_token", "encoder.layer.0.layernorm_before.weight", "layernorm.weight"],
     "hf_vit": ["embeddings.cls_token", "encoder.layer.0.layernorm_before.weight", "layernorm.weight"],

@@ -313,3 +313,25 @@ def test_reconstruct_does_not_read_sentinels():
     batch = Batch({"text": batch_of().signals["text"]}, torch.arange(8))
     with pytest.raises(M3Error, match="asks for `text` as a sequence with sentinels"):
         model.counts(model.prepare(batch))
+
+
+def test_it_does_not_matter_where_in_the_vocabulary_the_sentinels_are():
+    """The same model with other numbers: a to e are 5 to 9 and the sentinels 1 to 4."""
+    theirs = TEXT | {"vocabulary": "words:s t u v a b c d e", "first_sentinel": 1}
+    one, two = build(), build({"image": IMAGE, "codes": CODES, "text": theirs})
+    number = torch.tensor([0, 5, 6, 7, 8, 9, 1, 2, 3, 4])
+    state = {name: x.clone() for name, x in one.state_dict().items()}
+    for name in ("tokenizers.text.table.weight", "objectives.translate.words.text.weight"):
+        state[name][number] = one.state_dict()[name][:10]
+    two.load_state_dict(state)
+    batch = batch_of()
+    text = batch.signals["text"].long()
+    other = replace(batch, signals=batch.signals | {"text": torch.where(text >= 0, number[text], -1).int()})
+    losses = [model(x).parts.parts["translate/text"].sum for model, x in ((one, batch), (two, other))]
+    assert losses[0] > 0
+    assert torch.allclose(losses[0], losses[1], rtol=1e-6)
+    shown = {"text": torch.arange(6).expand(8, -1) % 3 == 0, "image": 1.0}
+    said, own = (model.reconstruct(x, shown) for model, x in ((one, batch), (two, other)))
+    assert torch.allclose(said.output["text"], own.output["text"][..., number])
+    words = said.predicted["text"]
+    assert torch.equal(torch.where(words >= 0, number[words], -1), own.predicted["text"])

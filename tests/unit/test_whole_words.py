@@ -17,6 +17,7 @@ from m3.model import M3Model
 from m3.network import build_modalities, resolved
 from m3.processor import M3Processor
 from m3.testing import check_modality
+from m3.testing.tokenizer import build_tokenizer
 
 CORPUS = ["a red cube is left of a small green sphere", "the large blue cone, behind two yellow cylinders"] * 10
 SENTENCES = [CORPUS[0], "a sphere and cylinders", "smaller reddish cubes, behind it", "猫 red"]
@@ -134,6 +135,25 @@ def test_sentinels_are_ids_behind_the_vocabulary() -> None:
             part.sentinel(number)
     with pytest.raises(M3Error, match=r"^a text holds id 4, but the vocabulary has 4 entries.$"):
         part.to_raw(torch.tensor([1, 4]).numpy())
+
+
+def test_sentinels_may_be_entries_of_the_vocabulary_itself() -> None:
+    part = text(["s", "t", "a", "red", "cube"], length=6, sentinels=2, first_sentinel=1)
+    assert part.signal.classes == 6
+    assert part.signal.sentinel_ids == range(1, 3)
+    assert [part.sentinel(n) for n in range(2)] == [1, 2]
+    assert part.decode([3, 4, 1, 5, 2, -1]) == "a red <S0> cube <S1>"
+    assert part.groups(torch.tensor([[3, 1, 5, -1]])).tolist() == [[0, 1, 2, 3]]
+    tokenizer = build_tokenizer({"type": "embedding"}, part.signal)
+    assert tokenizer.tokenize(torch.tensor([[3, 5]])).sentinels == range(1, 3)
+    scores = torch.eye(6)[[0, 1, 2, 3, 5]].unsqueeze(0)
+    assert tokenizer.decode(scores).squeeze(-1).tolist() == [[0, -1, -1, 3, 5]]
+    with pytest.raises(
+        M3Error, match=r"^text.first_sentinel: 2 sentinels from id 5 on do not lie in a vocabulary of 6"
+    ):
+        text(["s", "t", "a", "red", "cube"], sentinels=2, first_sentinel=5)
+    with pytest.raises(M3Error, match=r"^the modality says where its sentinels are; remove those of the tokenizer"):
+        build_tokenizer({"type": "embedding", "sentinels": 1}, part.signal)
 
 
 def test_a_sentinel_divides_a_word(tmp_path: Path) -> None:
