@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m3.errors import M3Error
-from m3.progress import HELD_OUT
+from m3.progress import HELD_OUT, read_lines
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def _evaluations(run: Path) -> list[Measured]:
     if not file.is_file():
         raise M3Error(f"compare: {run} is no folder of a run: it has no metrics.jsonl; give e.g. runs/clip_tiny.")
     seconds, found = 0.0, {}
-    for line in map(json.loads, file.read_text(encoding="utf-8").splitlines()):
+    for line in read_lines(file):
         if "samples_per_second" in line and "seconds" not in line:
             raise M3Error(f"compare: {run} was trained before runs noted their seconds; train it again.")
         seconds += line.get("seconds", 0.0)

@@ -154,7 +154,16 @@ class TrainSpec(Strict):
             the model as `model_ema` and is the teacher of objectives that learn from one (`latent`).
         log_every: steps between two lines of metrics.
         save_every: steps between two checkpoints; null: ten in a run.
-        keep: checkpoints that are kept.
+        keep: newest checkpoints that are kept.
+        keep_every: checkpoints of the steps that are multiples of it are written and never removed; null: none.
+        keep_best: name of what is measured on held-out samples (`evaluate.tasks`); a checkpoint is written whenever it
+            is better than ever after `evaluate.every` steps, and the best one is kept; null: none.
+        save_in_background: training only waits until a checkpoint is copied in memory, not until it is written.
+        on_save_error: a checkpoint that can't be written, e.g. because the disk is full, is a warning (`warn`) or ends
+            the run (`stop`); at the end of the run it is an error.
+        max_skipped: steps in a row that may be skipped because their loss or gradient is not finite.
+        timeout: seconds after which a process or a loader of data that does not answer counts as dead; processes wait
+            that long for one that measures or saves.
         trackers: Accelerate's trackers by name, e.g. tensorboard, wandb.
     """
 
@@ -182,6 +191,12 @@ class TrainSpec(Strict):
     log_every: PositiveInt = 10
     save_every: PositiveInt | None = None
     keep: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    keep_best: str | None = None
+    save_in_background: bool = False
+    on_save_error: Literal["warn", "stop"] = "warn"
+    max_skipped: NonNegativeInt = 10
+    timeout: PositiveInt = 1800
     trackers: tuple[str, ...] = ("tensorboard",)
 
     @field_validator("ema", mode="before")
@@ -243,6 +258,12 @@ class Recipe(Strict):
     data: DataSpec = DataSpec()
     train: TrainSpec
     evaluate: EvaluateSpec = EvaluateSpec()
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        if self.train.keep_best and not self.evaluate.every:
+            raise ValueError("`train.keep_best` needs measures during the run; set `evaluate.every`")
+        return self
 
     @property
     def folder(self) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 from m3.errors import M3Error
 from m3.model import M3Model
 from m3.plugins import View
-from m3.progress import HELD_OUT
+from m3.progress import HELD_OUT, read_lines
 from m3.recipe import Recipe, load_recipe
 from m3.show import count_parameters
 
@@ -30,7 +30,7 @@ def _row(run: Path) -> tuple[str, ...]:
     if not (run / "model" / "config.json").is_file() or not (run / "metrics.jsonl").is_file():
         raise M3Error(f"{run} is no folder of a finished run; train it first (m3 train RECIPE).")
     recipe, model = load_recipe(run / "recipe.yaml"), M3Model.from_pretrained(run / "model")
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = read_lines(run / "metrics.jsonl")
     last: dict[str, Any] = next((x for x in reversed(lines) if any(key.startswith(HELD_OUT) for key in x)), {})
     measured = {key.removeprefix(HELD_OUT): value for key, value in last.items() if key.startswith(HELD_OUT)}
     results = [f"{name}: {value:.3f} ({last[f'baseline/{name}']:.3f})" for name, value in measured.items()]
