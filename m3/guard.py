@@ -81,6 +81,11 @@ class Guard:
         self.buffers = [(x, x.detach().clone()) for name, x in state.items() if name not in learned]
         self.is_taken = torch.ones((), device=accelerator.device)
 
+    @property
+    def counted(self) -> dict[str, int]:
+        """How many steps were skipped since the run began, for a line of metrics; nothing where none was."""
+        return {"skipped_steps": self.skipped} if self.skipped else {}
+
     @torch.no_grad()
     def begin(self) -> None:
         """Remember what a forward pass changes besides gradients, e.g. codebooks."""

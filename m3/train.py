@@ -164,7 +164,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 clock.restart(done)
             if done % spec.log_every == 0 or done == plan.steps:
                 values = means(names, sums[:-1], counts)
-                seen = values | watch(watched, done)
+                seen = values | watch(watched, done) | guard.counted
                 line = clock.line(done, seen, learning_rate(step, plan), float(norm), len(skipped.messages))
                 accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
                 bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
