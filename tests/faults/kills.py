@@ -49,17 +49,17 @@ def references(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[survival
     return found
 
 
-def kills(folder: Path, count: int, seed: int, report: Report, per_run: int = 3) -> None:
+def kills(folder: Path, recipes: tuple[str, ...], count: int, seed: int, report: Report) -> None:
     """Kill runs with SIGKILL, up to three times each: at random moments and at random files of a checkpoint's write."""
-    whole, hits = references(folder, RECIPES), 0
-    for which, name in enumerate(RECIPES):
+    whole, hits = references(folder, recipes), 0
+    for which, name in enumerate(recipes):
         reference, seconds = whole[name]
         draws = random.Random(f"{seed}/{name}")
         killed = in_write = torn = runs = 0
         found: list[str] = []
-        while killed < -(-count // len(RECIPES)):
+        while killed < -(-count // len(recipes)):
             recipe = tiny(name, folder / f"{name}-{runs}", train__save_in_background=bool((runs + which) % 2))
-            for turn in range(per_run):
+            for turn in range(3):
                 if turn % 2 == runs % 2:  # the paths that a checkpoint's write touches, or those of another file
                     number = draws.randrange(20)
                     child = fork(recipe, at_event(lambda path: ".partial" in path and "checkpoints" in path, number))
@@ -89,9 +89,10 @@ def signals(folder: Path, count: int, seed: int, report: Report) -> None:
     """Ask runs to stop at a random step; a second signal must end them at once."""
     (reference, _), draws, found = references(folder, RECIPES[:1])[RECIPES[0]], random.Random(seed), []
     for number in range(count):
-        recipe = tiny(RECIPES[0], folder / f"signal-{number}", train__save_in_background=bool(number % 2))
+        changes = {"train__save_in_background": bool(number % 2), "data__workers": number % 3}
+        recipe = tiny(RECIPES[0], folder / f"signal-{number}", **changes)
         kind, step = (signal.SIGTERM, signal.SIGUSR1)[number % 2], draws.randrange(1, STEPS)
-        code = ended(fork(recipe, at_step(step, lambda kind=kind: os.kill(os.getpid(), kind))))
+        code = ended(fork(recipe, at_step(step, lambda kind=kind: _ask_all(kind))))
         assert code == EXIT_CODE, f"exit code {code}: {log_of(recipe).read_text()[-2000:]}"
         last = checkpoint.newest(recipe.folder)
         assert last == checkpoint.folder_of(recipe.folder, step), f"asked in step {step}, saved {last}"
@@ -110,6 +111,13 @@ def signals(folder: Path, count: int, seed: int, report: Report) -> None:
     code = ended(fork(tiny(RECIPES[0], folder / "twice"), at_step(2, asked_twice)))
     assert code == -signal.SIGTERM
     report("signals", f"1 second signal: ended by it, {time.monotonic() - start:.1f} s after the start", [])
+
+
+def _ask_all(kind: int) -> None:
+    """Send a signal to this process and those that load its data, as schedulers do."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for process in (*map(int, children), os.getpid()):
+        os.kill(process, kind)
 
 
 def disk(folder: Path, report: Report) -> None:
@@ -137,10 +145,8 @@ def disk(folder: Path, report: Report) -> None:
                         pass
 
             def hooks(filler: Path = filler) -> None:
-                full, empty = at_step(5, fill), at_step(11, filler.unlink)
-                full()
-                survival.IN_TRUTH["set_rates"] = survival.trainer.set_rates
-                empty()
+                at_step(5, fill)()
+                at_step(11, filler.unlink)()
 
             child = fork(recipe, hooks)
             code = ended(child)
@@ -257,6 +263,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=36)
     parser.add_argument("--signals", type=int, default=8)
     parser.add_argument("--flips", type=int, default=10)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--as-rank", default=None)
     options = parser.parse_args()
@@ -268,7 +275,7 @@ def main() -> int:
         for kind in options.kinds:
             folder = Path(name) / kind
             if kind == "kills":
-                kills(folder, options.kills, options.seed, report)
+                kills(folder, options.recipes, options.kills, options.seed, report)
             elif kind in ("signals", "flips"):
                 (signals if kind == "signals" else flips)(folder, getattr(options, kind), options.seed, report)
             else:

@@ -27,7 +27,6 @@ from m3.recipe import Recipe, dump_recipe, load_recipe, recipe_from
 STEPS = 12
 TIMES = ("samples_per_second", "data_wait", "seconds")
 RECIPES = ("mae_tiny", "flip_tiny", "fourm_tiny")
-IN_TRUTH: dict[str, Any] = {"set_rates": trainer.set_rates}
 
 
 def tiny(name: str, out: Path, **changes: Any) -> Recipe:
@@ -95,10 +94,12 @@ def at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:
     """Return what makes a child act when it begins a step, from 1."""
 
     def patch() -> None:
+        set_rates = trainer.set_rates
+
         def acting(optimizer: Any, number: int, *rest: Any) -> None:
             if number + 1 == step:
                 act()
-            IN_TRUTH["set_rates"](optimizer, number, *rest)
+            set_rates(optimizer, number, *rest)
 
         trainer.set_rates = acting
 

@@ -93,8 +93,8 @@ def test_the_samples_are_those_of_the_step(tmp_path: Path, monkeypatch) -> None:
 def test_too_many_in_a_row_end_the_run_and_name_the_cause(tmp_path: Path, monkeypatch) -> None:
     poison(monkeypatch, {2, 3, 5, 6, 7}, "gradient")
     sentence = (
-        r"step 7: the loss or its gradient was not finite in 3 steps in a row \(train.max_skipped: 2\); the forward pass "
-        r"is finite, so only the gradient is not. Lower .*go on from the last good checkpoint, .*step-00000006"
+        r"step 7: the loss or its gradient was not finite in 3 steps in a row \(train.max_skipped: 2\); the forward "
+        r"pass is finite, so only the gradient is not. Lower .*go on from the last good checkpoint, .*step-00000006"
     )
     with pytest.raises(M3Error, match=sentence):
         train(tiny("mae_tiny", tmp_path, 9, max_skipped=2), is_shown=False)
