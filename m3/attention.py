@@ -42,8 +42,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         q: queries.
         k: keys.
         v: values.
-        mask: (B or 1, 1, 1 or N, C) bool, True for keys that take part; None: all do.
+        mask: (B or 1, 1, 1 or N, C) bool, True for keys that take part; None: all do. Or (B or 1, H, N, C) numbers
+            that are added to the scores.
     """
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(q.dtype)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= LONGEST:
         return _Products.apply(q, k, v, mask)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -62,14 +65,15 @@ class _Products(torch.autograd.Function):
         q, k, v, mask = ctx.saved_tensors
         p = _probabilities(q, k, mask)
         grad_scores = torch.ops.aten._softmax_backward_data(grads[0] @ v.transpose(-1, -2), p, -1, p.dtype)
+        grad_mask = grad_scores.sum_to_size(mask.shape) if ctx.needs_input_grad[3] else None
         grad_scores = grad_scores * q.shape[-1] ** -0.5
-        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grads[0], None
+        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grads[0], grad_mask
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
+        scores = scores + mask if mask.is_floating_point() else scores.masked_fill(~mask, -torch.inf)
     return scores.softmax(-1)
 
 
@@ -114,7 +118,7 @@ class SelfAttention(nn.Module):
 
         Args:
             x: the tokens.
-            mask: (B or 1, 1, 1 or N, N) bool, True for keys that take part.
+            mask: as in `attend`.
             keep: (B, T) int64, tokens whose result is wanted; only these become queries -> (B, T, D).
             turn: cosines and sines (B, 1, N, E / 2) of rotary positions; not together with `keep`.
         """

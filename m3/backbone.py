@@ -19,6 +19,7 @@ from m3.attention import SelfAttention, key_mask
 from m3.linear import Linear
 from m3.plugins import Strict
 from m3.random import Draws
+from m3.relative import RelativeBias
 from m3.types import Encoded, MaskPlan, take
 
 
@@ -95,6 +96,10 @@ class BackboneSpec(Strict):
         qk_norm: LayerNorm of queries and keys.
         layer_scale: start of a learned factor per channel on each branch; null: none.
         norm: `pre`, or `post` as in BERT; a post-norm transformer has no `final_norm`.
+        relative_bias: learned numbers that are added to the scores of attention for the distance of two tokens, for a
+            transformer of one modality on a grid of two axes: the same in all blocks (`shared`; BEiT and SimMIM in
+            pre-training), or others in each (`per_block`; in their fine-tuning); null: none. With `positions:
+            {type: relative}` of the modality, nothing else tells where tokens are.
     """
 
     width: PositiveInt = 768
@@ -117,6 +122,7 @@ class BackboneSpec(Strict):
     qk_norm: bool = False
     layer_scale: PositiveFloat | None = None
     norm: Literal["pre", "post"] = "pre"
+    relative_bias: Literal["shared", "per_block"] | None = None
 
     @property
     def style(self) -> Style:
@@ -209,7 +215,7 @@ class Block(nn.Module):
 
         Args:
             x: the tokens.
-            mask: (B or 1, 1, 1 or N, N) bool, True for keys that take part.
+            mask: as in `m3.attention.attend`.
             keep: (B, T) int64, tokens whose result is wanted -> (B, T, D); the others are still attended to.
             turn: cosines and sines (B, 1, N, E / 2) of rotary positions.
             paths: (B, 2) factors of both branches, see `path_factors`.
@@ -270,10 +276,16 @@ def path_factors(keys: Tensor | None, rate: float, depth: int, stream: str) -> l
     return list((is_there / (1 - rates)).unbind(1))
 
 
+def _joined(bias: Tensor, mask: Tensor | None) -> Tensor:
+    """Let a bias of scores (1 or B, H, N, N) shut out the keys that take no part."""
+    return bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+
+
 class Backbone(nn.Module):
     """Prefix tokens, norm before, blocks, final norm."""
 
-    def __init__(self, spec: BackboneSpec) -> None:
+    def __init__(self, spec: BackboneSpec, grid: tuple[int, ...] | None = None) -> None:
+        """Make it; `grid` are the places of the one modality that it reads, for `relative_bias`."""
         super().__init__()
         self.spec = spec
         self.head_width = spec.width // spec.heads
@@ -286,6 +298,8 @@ class Backbone(nn.Module):
         self.blocks = nn.ModuleList(
             [Block(spec.width, spec.heads, spec.mlp_ratio, spec.norm_eps, spec.style) for _ in range(spec.depth)]
         )
+        tables = {None: 0, "shared": 1, "per_block": spec.depth}[spec.relative_bias]
+        self.relative_biases = nn.ModuleList([RelativeBias(grid, spec.heads, spec.class_tokens) for _ in range(tables)])
         norm = nn.LayerNorm(spec.width, eps=spec.norm_eps, bias=spec.bias)
         self.norm = norm if spec.final_norm else nn.Identity()
 
@@ -297,6 +311,7 @@ class Backbone(nn.Module):
         angles: Tensor | None = None,
         places: Tensor | None = None,
         keys: Tensor | None = None,
+        coordinates: Tensor | None = None,
     ) -> Encoded:
         """Encode packed visible tokens.
 
@@ -307,6 +322,7 @@ class Backbone(nn.Module):
             angles: (B, V, E / 2) of rotary positions; None: no modality has them.
             places: (B, V, D) positions that are added again before every block but the first.
             keys: (B,) int64 for `path_factors`; None: the whole network, as for inference.
+            coordinates: (1 or B, V, 2) of the tokens, for `relative_bias`.
         """
         is_valid = plan.is_valid
         count = self.spec.class_tokens
@@ -325,12 +341,15 @@ class Backbone(nn.Module):
         if angles is not None:  # prefix tokens are nowhere: angle 0
             angles = torch.cat([angles.new_zeros(len(x), count, angles.shape[-1]), angles], dim=1).unsqueeze(1)
             turn = (angles.cos(), angles.sin())
+        masks = [mask]
+        if self.relative_biases:
+            masks = [_joined(bias(coordinates), mask) for bias in self.relative_biases]
         kept, wanted = {}, set(layers)
         paths = path_factors(keys, self.spec.drop_path, self.spec.depth, "backbone/paths")
         for number, block in enumerate(self.blocks):
             if places is not None and number:
                 x = x + F.pad(places, (0, 0, count, 0))
-            x = block(x, mask, turn=turn, paths=paths[number])
+            x = block(x, masks[number % len(masks)], turn=turn, paths=paths[number])
             if number in wanted:
                 kept[number] = x
         x = self.norm(x)

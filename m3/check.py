@@ -107,7 +107,10 @@ def _stand_in(modalities: dict[str, Any], name: str, folder: Path) -> str:
     quantiser = {"type": "fsq", "levels": [4, 4]}
     objective = {"type": "autoencode", "of": name, "coder": {"type": "vit", "depth": 1}, "quantiser": quantiser}
     backbone = {"width": 32, "depth": 1, "heads": 2}
-    config = M3Config(modalities={name: modalities[name]}, backbone=backbone, objectives={"autoencode": objective})
+    own = {
+        key: value for key, value in modalities[name].items() if key != "positions"
+    }  # of the model's, not of its own
+    config = M3Config(modalities={name: own}, backbone=backbone, objectives={"autoencode": objective})
     with no_progress_bars():
         M3Model(config).save_pretrained(folder)
     return str(folder)
@@ -124,6 +127,8 @@ def _small_decoder(decoder: dict[str, Any]) -> dict[str, Any]:
 
 def _of_the_world(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a modality so that scenes of the world can be read with them."""
+    if entry["type"] == "label":
+        return {**entry, "of": "shape", "several": False}
     if entry["type"] == "boxes":
         return {**entry, "labels": list(SHAPES)}
     if entry["type"] == "codes" and not Path(entry["path"]).is_dir():

@@ -28,6 +28,11 @@ WRITTEN = (
     "preview.png",
     "previews",
     "logs",
+    "curves.png",
+    "report.html",
+    "report.json",
+    "run.json",
+    "eval",
 )
 """What a run writes into its folder."""
 

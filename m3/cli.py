@@ -60,11 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=int, default=5, help="timed steps, the median counts (default 5)")
     command.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn (default 3)")
     _add_model_commands(add)
-    command = add("table", _table, "print finished runs side by side, in Markdown", recipe=False)
-    command.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
-    text = "what runs measured on held-out samples at equal steps and at equal training time"
-    command = add("compare", _compare, text, recipe=False)
-    command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, e.g. runs/clip_tiny")
+    _add_run_commands(add)
     data_commands.add_arguments(commands)
     command = add("tokenize", _tokenize, "turn a data source into shards of code numbers", recipe=False)
     command.add_argument("tokenizer", help="model folder of a run with an `autoencode` objective")
@@ -84,6 +80,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the commands that look at run folders."""
+    command = add("runs", _runs, "list runs, how far they are and what they last reached", recipe=False)
+    command.add_argument("folder", nargs="?", default="runs", help="folder that holds them (default runs)")
+    command = add("plot", _plot, "draw the curves of runs", recipe=False)
+    command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    command.add_argument("--out", default="curves.png", help="PNG file (default curves.png)")
+    command.add_argument("--metric", action="append", default=[], metavar="NAME", help="default: losses and held-out")
+    command.add_argument("--by", choices=["step", "time"], default="step", help="horizontal axis (default step)")
+    command = add("table", _table, "print finished runs side by side, in Markdown", recipe=False)
+    command.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+    text = "what runs measured on held-out samples at equal steps and at equal training time; --by-step: their losses"
+    command = add("compare", _compare, text, recipe=False)
+    command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; with --revisions: RECIPE [a.b=c ...]")
+    command.add_argument("--by-step", action="store_true", help="compare the losses of two runs step by step")
+    command.add_argument("--revisions", nargs=2, metavar="REV", help="two git revisions of M3 to train the recipe with")
+    command.add_argument("--steps", type=int, default=20, help="with --revisions: steps to train (default 20)")
+    command.add_argument("--tolerance", type=float, default=0.0, help="allowed relative difference (default 0: none)")
+
+
 def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that are given a model instead of a recipe."""
     command = add("reconstruct", _reconstruct, "draw what a model predicts for files", recipe=False)
@@ -97,6 +113,13 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("inputs", nargs="+", metavar="INPUT", help='modality=file, or e.g. text="a red cube"')
     command.add_argument("--out", default=None, help="NPZ file for the vectors, one array for each side")
     command.add_argument("--objective", default=None, help="name of the contrastive objective (default: the first)")
+    text = "measure a model on held-out samples and write report.html and report.json"
+    command = add("eval", _eval, text, recipe=False)
+    command.add_argument("model", help="folder of a model or of its run, or Hub id")
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to `data`, `evaluate` or `seed`")
+    command.add_argument("--task", action="append", default=[], metavar="TYPE[:LABEL]", help="e.g. knn:shape, spread")
+    command.add_argument("--data", default=None, metavar="SOURCE", help="world, digits, or a folder or manifest")
+    command.add_argument("--out", default=None, help="folder for the report (default: eval in the model's folder)")
     text = "read the weights of another library, or write ours in its format"
     command = add("convert", _convert, text, recipe=False)
     command.add_argument("source", help="checkpoint file or folder; with --to: folder of our model or of its run")
@@ -148,8 +171,30 @@ def _bench(options: argparse.Namespace) -> None:
 
 def _compare(options: argparse.Namespace) -> None:
     from m3.compare import compare
+    from m3.step_compare import compare_revisions, compare_steps
 
-    compare([Path(run) for run in options.runs])
+    if options.revisions:
+        recipe, *overrides = options.runs
+        compare_revisions(options.revisions, recipe, overrides, options.steps, options.tolerance)
+    elif options.by_step:
+        if len(options.runs) != 2:
+            raise M3Error("--by-step compares two runs, no more and no fewer.")
+        compare_steps(Path(options.runs[0]), Path(options.runs[1]), options.tolerance)
+    else:
+        compare([Path(run) for run in options.runs])
+
+
+def _runs(options: argparse.Namespace) -> None:
+    from m3.runs import print_runs
+
+    print_runs(Path(options.folder))
+
+
+def _plot(options: argparse.Namespace) -> None:
+    from m3.plot import plot
+
+    drawn = plot([Path(run) for run in options.runs], Path(options.out), options.metric, options.by)
+    print(f"{options.out}: {', '.join(drawn)}")
 
 
 def _reconstruct(options: argparse.Namespace) -> None:
@@ -163,6 +208,12 @@ def _embed(options: argparse.Namespace) -> None:
     from m3.embed import embed_files
 
     embed_files(options.model, options.inputs, Path(options.out) if options.out else None, options.objective)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    from m3.measure import measure
+
+    measure(options.model, options.overrides, options.task, options.data, Path(options.out) if options.out else None)
 
 
 def _convert(options: argparse.Namespace) -> None:

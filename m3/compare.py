@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from m3.errors import M3Error
-from m3.progress import HELD_OUT, read_lines
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One evaluation of a run.
-
-    Attributes:
-        step: after which it was made.
-        seconds: of training until then; evaluations and checkpoints take none.
-        values: task -> what the model reached on held-out samples.
-    """
-
-    step: int
-    seconds: float
-    values: dict[str, float]
+from m3.metrics import Line, read_lines
 
 
 def compare(runs: list[Path]) -> list[dict[str, Any]]:
@@ -43,7 +27,8 @@ def compare(runs: list[Path]) -> list[dict[str, Any]]:
     found = {run.name: _evaluations(run) for run in runs}
     if len(found) < 2 or len(found) < len(runs):
         raise M3Error("compare: give at least two runs of different names.")
-    tasks = [task for task in next(iter(found.values()))[0].values if all(task in r[0].values for r in found.values())]
+    first = [run[0].held_out for run in found.values()]
+    tasks = [task for task in first[0] if all(task in measured for measured in first)]
     steps = set.intersection(*({one.step for one in run} for run in found.values()))
     if not tasks or not steps:
         raise M3Error("compare: the runs have no task or no evaluated step in common; set the same `evaluate`.")
@@ -57,25 +42,18 @@ def compare(runs: list[Path]) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(one: Measured | None, tasks: list[str]) -> dict[str, Any] | None:
+def _row(one: Line | None, tasks: list[str]) -> dict[str, Any] | None:
     if one is None:
         return None
-    return {"step": one.step, "seconds": one.seconds} | {task: one.values[task] for task in tasks}
+    return {"step": one.step, "seconds": one.seconds} | {task: one.held_out[task] for task in tasks}
 
 
-def _evaluations(run: Path) -> list[Measured]:
+def _evaluations(run: Path) -> list[Line]:
     """Read the evaluations of a run, in order."""
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        raise M3Error(f"compare: {run} is no folder of a run: it has no metrics.jsonl; give e.g. runs/clip_tiny.")
-    seconds, found = 0.0, {}
-    for line in read_lines(file):
-        if "samples_per_second" in line and "seconds" not in line:
-            raise M3Error(f"compare: {run} was trained before runs noted their seconds; train it again.")
-        seconds += line.get("seconds", 0.0)
-        values = {key.removeprefix(HELD_OUT): value for key, value in line.items() if key.startswith(HELD_OUT)}
-        if values:
-            found[line["step"]] = Measured(line["step"], seconds, values)
+    found = {}
+    for line in read_lines(run):
+        if line.held_out:
+            found[line.step] = line
     if not found:
         raise M3Error(f"compare: {run} was never evaluated; give its recipe `evaluate.tasks` and held-out samples.")
     return list(found.values())

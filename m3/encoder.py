@@ -16,6 +16,7 @@ from m3.errors import M3Error
 from m3.partners import swapped
 from m3.plugins import Tokenizer, View
 from m3.positions import Marks, Rotary
+from m3.relative import RelativeBias
 from m3.types import HIDDEN, Encoded, MaskPlan, Tokens, take
 
 
@@ -98,7 +99,8 @@ class Encoder(PreTrainedModel):
         if angles:
             still = {name: x.new_zeros(*x.shape[:2], tower.head_width // 2) for name, x in slots.items()}
             turns = plan.pack(still | angles)
-        return tower(plan.pack(slots), plan, layers, turns, again, keys)
+        at = _coordinates(tokens, plan) if tower.spec.relative_bias else None
+        return tower(plan.pack(slots), plan, layers, turns, again, keys, at)
 
     def _embed(self, name: str, values: Tensor, shown: Tensor | None) -> Tensor:
         """Embed token values (B, S, P) -> (B, S, D); `shown` (B, S) says where something else stands in for them."""
@@ -149,7 +151,8 @@ class Encoder(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as MAE does: xavier-uniform matrices, zero biases, N(0, 0.02) tokens and embeddings."""
         if isinstance(module, nn.Linear | nn.Conv2d):
-            init.xavier_uniform_(module.weight)
+            std = getattr(module, "start_std", None)  # of layers that must start near 0
+            init.xavier_uniform_(module.weight) if std is None else init.normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d):
@@ -158,9 +161,22 @@ class Encoder(PreTrainedModel):
                 init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             init.normal_(module.weight, std=0.02)
+        elif isinstance(module, RelativeBias):
+            for parameter in module.parameters():
+                init.zeros_(parameter)
         else:
             for parameter in module.parameters(recurse=False):
                 if parameter.ndim > 1:
                     init.normal_(parameter, std=0.02)
                 else:  # learned log-variances start at 0, weight 1
                     init.zeros_(parameter)
+
+
+def _coordinates(tokens: dict[str, Tokens], plan: MaskPlan) -> Tensor:
+    """Return the coordinates (1 or B, V, 2) of the visible tokens of the only modality; 1 where all are visible."""
+    ((name, index),) = plan.visible.items()
+    positions = tokens[name].positions
+    is_whole = index.shape[1] == tokens[name].count and plan.is_valid is None and plan.order is None
+    if is_whole and name not in plan.place:
+        return positions
+    return plan.pack({name: take(positions, plan.place.get(name, index))})

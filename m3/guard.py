@@ -19,7 +19,7 @@ from m3 import checkpoint
 from m3.errors import M3Error
 from m3.network import Prepared
 from m3.processes import gathered, of_first
-from m3.progress import SKIPPED, Lines, read_lines
+from m3.progress import SKIPPED, Lines, read_json_lines
 from m3.types import Batch
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Guard:
         self.accelerator, self.model, self.limit, self.run, self.console = accelerator, model, limit, run, console
         self.optimizer = optimizer.optimizer
         self.lines = Lines(run / SKIPPED, console)
-        self.skipped = len(read_lines(run / SKIPPED)) if accelerator.is_main_process else 0
+        self.skipped = len(read_json_lines(run / SKIPPED)) if accelerator.is_main_process else 0
         self.in_a_row = self.taken = 0
         self.is_stopping = False
         self.lag = int(accelerator.device.type == "cuda")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -11,10 +13,16 @@ from m3.data.source import Source
 from m3.evaluate.codebook import measure_codes
 from m3.evaluate.task import Row, Task
 from m3.evaluate.tasks.predict import predictors
+from m3.metrics import duration, read_lines
 from m3.model import M3Model
-from m3.progress import HELD_OUT, Lines, Skipped
-from m3.recipe import Recipe
-from m3.show import metrics_table, preview
+from m3.plot import plot
+from m3.progress import BASELINE, HELD_OUT, Lines, Skipped
+from m3.recipe import Recipe, dump_recipe
+from m3.report import Report
+from m3.show import count_parameters, metrics_table, preview
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BATCH = 32
 
@@ -70,21 +78,11 @@ class HeldOut:
         """
         spec, seed = self.recipe.evaluate, self.recipe.seed
         self.model.eval()
-        rows = []
-        if self.is_there:
-            if learning := [task for task in self.tasks if task.wants_training_samples]:
-                for batch in map(self.train_skipped.count, first_batches(self.train, spec.fit_samples, BATCH)):
-                    for task in learning:
-                        task.fit(batch.to(self.model.device))
-            for batch in map(self.skipped.count, first_batches(self.samples, spec.samples, BATCH)):
-                for task in self.tasks:
-                    task.add(batch.to(self.model.device))
-            rows = [row for task in self.tasks for row in task.rows()]
-            rows += measure_codes(self.model, first_batches(self.samples, spec.samples, BATCH))
+        rows = self.measure()
         if rows:
             line: dict[str, float] = {"step": step}
             for row in rows:
-                line |= {f"{HELD_OUT}{row.task}": row.model, f"baseline/{row.task}": row.baseline}
+                line |= {f"{HELD_OUT}{row.task}": row.model, f"{BASELINE}{row.task}": row.baseline}
             self.metrics.append(line)
         if self.has_picture:
             shown = [task["visible"] for task in spec.tasks.values() if task.get("visible")]
@@ -95,20 +93,57 @@ class HeldOut:
         self.model.train()
         return rows
 
+    def measure(self) -> list[Row]:
+        """Measure the recipe's tasks with the model in evaluation mode; nothing without held-out samples."""
+        if not self.is_there:
+            return []
+        spec = self.recipe.evaluate
+        if learning := [task for task in self.tasks if task.wants_training_samples]:
+            for batch in map(self.train_skipped.count, first_batches(self.train, spec.fit_samples, BATCH)):
+                for task in learning:
+                    task.fit(batch.to(self.model.device))
+        for batch in map(self.skipped.count, first_batches(self.samples, spec.samples, BATCH)):
+            for task in self.tasks:
+                task.add(batch.to(self.model.device))
+        rows = [row for task in self.tasks for row in task.rows()]
+        return rows + measure_codes(self.model, first_batches(self.samples, spec.samples, BATCH))
+
+    def figures(self) -> dict[str, Figure]:
+        """Return title -> picture of what was measured last."""
+        return {title: figure for task in self.tasks for title, figure in task.figures().items()}
+
     def conclude(self, rows: list[Row], console: Console) -> None:
         """Print what there is to see at the end of a run."""
         run = self.recipe.folder
         if rows:
             console.print(metrics_table(rows))
             self.model.describe(run / "model", metrics=[asdict(row) for row in rows])
+            self._report(rows)
         for skipped in {id(s): s for s in (self.train_skipped, self.skipped)}.values():
             skipped.report()
         note = "" if self.is_there else " (of training samples)"
         picture = f"Picture{note}: {run / 'preview.png'}    metrics" if self.has_picture else "Metrics"
+        report = f"    report: {run / 'report.html'}" if rows else ""
         console.print(
-            f"{picture}: {run / 'metrics.jsonl'}\nLoad it:\n"
+            f"{picture}: {run / 'metrics.jsonl'}{report}\nLoad it:\n"
             f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{run / "model"}")\n'
             f'  processor = M3Processor.from_pretrained("{run / "model"}")',
             highlight=False,
             soft_wrap=True,
+        )
+
+    def _report(self, rows: list[Row]) -> None:
+        """Write the report of the run."""
+        run, recipe = self.recipe.folder, self.recipe
+        plot([run], run / "curves.png", [])
+        pictures: dict[str, Figure | Path] = {"Predictions": run / "preview.png", "Curves": run / "curves.png"}
+        facts = {
+            "recipe": recipe.name,
+            "data": f"{recipe.data.source} {recipe.data.root or ''}".strip(),
+            "samples": f"{min(len(self.samples.source), recipe.evaluate.samples)} held out",
+            "parameters": f"{count_parameters(self.model) / 1e6:.2f} M",
+            "training time": duration(read_lines(run)[-1].seconds),
+        }
+        Report(f"{recipe.name}: held-out samples", facts, rows, pictures | self.figures(), dump_recipe(recipe)).write(
+            run
         )

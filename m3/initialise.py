@@ -15,6 +15,7 @@ from m3.convert import convert
 from m3.errors import M3Error, within
 from m3.foreign.adapt import adapt
 from m3.model import M3Model
+from m3.objectives.classify import Classify
 
 
 @torch.no_grad()
@@ -40,7 +41,8 @@ def load_weights(model: M3Model, source: str) -> str:
         raise M3Error(f"init: {title} has no weight in common with this model; choose a model of the same parts.")
     with within(f"init: {title}"):
         config: Any = model.config
-        said = adapt(shared, modalities, config.modalities, {name: x.shape for name, x in own.items()})
+        said = _without_other_classes(shared, model)
+        said += adapt(shared, modalities, config.modalities, {name: x.shape for name, x in own.items()})
     for name, x in shared.items():
         own[name].copy_(x)
     sentences = [f"init: {len(shared)} of {len(own)} tensors come from {title}", *said]
@@ -52,6 +54,19 @@ def load_weights(model: M3Model, source: str) -> str:
         if parts:
             sentences.append(f"{what}: {', '.join(parts)}")
     return "; ".join(sentences)
+
+
+def _without_other_classes(shared: dict[str, Tensor], model: M3Model) -> list[str]:
+    """Take out the heads of other classes than the model's, which start anew; return a sentence for each."""
+    own, said = model.state_dict(), []
+    for objective in (name for name, part in model.objectives.items() if isinstance(part, Classify)):
+        head = f"objectives.{objective}.head"
+        weight = shared.get(f"{head}.weight")
+        if weight is not None and len(weight) != len(own[f"{head}.weight"]):
+            said.append(f"{objective}: the head of {len(weight)} classes is left")
+            for part in ("weight", "bias"):
+                del shared[f"{head}.{part}"]
+    return said
 
 
 def _opened(source: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:

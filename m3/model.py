@@ -17,6 +17,7 @@ from m3 import masking
 from m3.card import write_card
 from m3.errors import M3Error, nearest
 from m3.network import Network
+from m3.objectives.classify import Classify
 from m3.objectives.match import Match
 from m3.plugins import Embedder, Predictor, Signal, View
 from m3.random import Draws
@@ -184,6 +185,35 @@ class M3Model(Network):
             raise M3Error("the model has no shared space; embed needs an objective of `type: contrast`.")
         if name is not None and name not in found:
             raise M3Error(f"the model has no contrastive objective `{name}`.{nearest(name, found)}")
+        return found[name] if name is not None else next(iter(found.values()))
+
+    @torch.no_grad()
+    def classify(self, batch: Batch, objective: str | None = None) -> Tensor:
+        """Return logits (B, K) of the classes, from all that the batch has of the objective's inputs.
+
+        Their softmax(-1), or where a sample may have several classes their sigmoid(), are probabilities.
+
+        Args:
+            batch: raw signals; NaN comes out for a sample that has none of the inputs.
+            objective: name of the objective of type `classify`; the first one if left out.
+        """
+        part = self.classifier(objective)
+        tokens = self.tokenise(batch.to(self.device))
+        seen = {name: tokens[name] for name in part.inputs if name in tokens}
+        if not seen:
+            raise M3Error(f"the batch has none of {', '.join(part.inputs)}; give at least one of them.")
+        encoded = self.encode_tokens(seen, masking.everything(seen))
+        is_there = encoded.plan.is_valid
+        logits = part.logits(encoded)
+        return logits if is_there is None else logits.where(is_there.any(1, keepdim=True), torch.nan)
+
+    def classifier(self, name: str | None = None) -> Classify:
+        """Return the objective of type `classify`, the first one if no name is given."""
+        found = {n: o for n, o in self.objectives.items() if isinstance(o, Classify)}
+        if not found:
+            raise M3Error("the model has no objective of type `classify`; fine-tune it with one.")
+        if name is not None and name not in found:
+            raise M3Error(f"the model has no objective `{name}` of type `classify`.{nearest(name, found)}")
         return found[name] if name is not None else next(iter(found.values()))
 
     @torch.no_grad()

@@ -159,10 +159,13 @@ class Network(Encoder):
             if name in hidden and self._tokenizer(name).mask_values is None:
                 self.mask_tokens[name] = nn.Parameter(torch.empty(1, tower.width))
         for tower in dict.fromkeys(self.tower_of[name] for name in seen):
-            if tower:
-                self.towers[tower] = Backbone(towers[tower])
-            else:
-                self.backbone = Backbone(spec)
+            own = [name for name in self.inputs if self.tower_of[name] == tower]
+            grid = self._tokenizer(own[0]).reference if len(own) == 1 else None
+            with within(f"towers.{tower}" if tower else "backbone"):
+                if tower:
+                    self.towers[tower] = Backbone(towers[tower], grid)
+                else:
+                    self.backbone = Backbone(spec, grid)
         return seen
 
     def _build_tokenizers(self, towers: dict[str, TowerSpec], backbone: BackboneSpec) -> None:
@@ -274,7 +277,7 @@ class Network(Encoder):
         tokens, objectives = prepared.tokens, self._active(prepared.active)
         if is_only_rows:
             objectives = {name: o for name, o in objectives.items() if isinstance(o, Coupled)}
-        encoded = self._encode_views(prepared, dict.fromkeys(view for o in objectives.values() for view in o.views))
+        encoded = self.encode_views(prepared, dict.fromkeys(view for o in objectives.values() for view in o.views))
         if is_only_rows:
             return M3Output(rows={n: o.rows(encoded, tokens) for n, o in objectives.items() if isinstance(o, Coupled)})
         parts, watched = {}, {}
@@ -288,7 +291,7 @@ class Network(Encoder):
         loss = Loss(parts, watched)
         return M3Output(loss=loss.total(), parts=loss)
 
-    def _encode_views(self, prepared: Prepared, views: Iterable[View]) -> dict[View, Encoded]:
+    def encode_views(self, prepared: Prepared, views: Iterable[View]) -> dict[View, Encoded]:
         """Encode every view once; views whose mismatches depend on similarities come last."""
         encoded, waiting = {}, []
         keys = prepared.draws.numbers("network") if self.training and prepared.draws is not None else None

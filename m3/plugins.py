@@ -81,6 +81,11 @@ class Modality(ABC):
         return settings
 
     @property
+    def from_label(self) -> str | None:
+        """Name of the data's label (`Sample.labels`) that its samples are made of; None: they are signals."""
+        return None
+
+    @property
     @abstractmethod
     def signal(self) -> Signal:
         """What `normalise` returns, for the tokenizer."""

@@ -123,7 +123,7 @@ class Learned(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Embed (1 or B, N, A) -> (1 or B, N, D)."""
-        return _interpolated(self.table, positions)
+        return interpolated(self.table, positions)
 
 
 class Separable(nn.Module):
@@ -144,10 +144,10 @@ class Separable(nn.Module):
 
     def forward(self, positions: Tensor) -> Tensor:
         """Embed (1 or B, N, A) -> (1 or B, N, D)."""
-        return _interpolated(self.first, positions[..., :1]) + _interpolated(self.others, positions[..., 1:])
+        return interpolated(self.first, positions[..., :1]) + interpolated(self.others, positions[..., 1:])
 
 
-def _interpolated(table: Tensor, positions: Tensor) -> Tensor:
+def interpolated(table: Tensor, positions: Tensor) -> Tensor:
     """Read a table (D, *grid) of vectors at positions (1 or B, N, axes), linearly between its places."""
     result, grid = table.new_zeros(()), table.shape[1:]
     low = [positions[..., a].clamp(0, n - 1).floor().clamp(max=max(0, n - 2)) for a, n in enumerate(grid)]
@@ -158,7 +158,9 @@ def _interpolated(table: Tensor, positions: Tensor) -> Tensor:
             share = positions[..., axis].clamp(0, extent - 1) - low[axis]
             flat = flat * extent + (low[axis] + is_high).long().clamp(max=extent - 1)
             weight = weight * (share if is_high else 1 - share)
-        result = result + table.flatten(1).t()[flat] * weight.unsqueeze(-1)
+        # As in `take`: the gradient of indexing with [] sums in an order that differs from run to run.
+        rows = table.flatten(1).t().index_select(0, flat.flatten()).unflatten(0, flat.shape)
+        result = result + rows * weight.unsqueeze(-1)
     return result
 
 
@@ -233,6 +235,28 @@ class Rotary(nn.Module):
         return F.pad(flat, (0, head_width // 2 - flat.shape[-1]))
 
 
+class Relative(nn.Module):
+    """Nothing is added: the backbone's `relative_bias` alone tells how tokens lie to each other (BEiT, SimMIM).
+
+    Decoders, which have no such bias, add sines and cosines instead.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: relative`; it has none."""
+
+    def __init__(self, spec: Spec, tokenizer: Tokenizer, width: int, axis_order: str) -> None:
+        super().__init__()
+        if tokenizer.tower is None or not tokenizer.tower.relative_bias:
+            raise M3Error(
+                "positions `relative` add nothing, so the tokens' places would be unknown; set relative_bias of the "
+                "backbone too, or use `sincos`."
+            )
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """Return zeros (1 or B, N, 1) for (1 or B, N, A)."""
+        return positions.new_zeros(*positions.shape[:-1], 1)
+
+
 class Marks(NamedTuple):
     """What the network adds to embedded tokens: where they are, and of which modality.
 
@@ -265,9 +289,10 @@ def build_positions(tokenizer: Tokenizer, width: int, axis_order: str) -> nn.Mod
 
 
 def additive(tokenizer: Tokenizer, width: int, axis_order: str) -> nn.Module:
-    """Make a position embedding that is added to tokens of any width: the recipe's, or sin-cos for rotary."""
+    """Make a position embedding that is added to tokens: the recipe's, or sin-cos for one that acts in attention."""
     built = build_positions(tokenizer, width, axis_order)
-    return Sincos(Sincos.Spec(), tokenizer, width, axis_order) if isinstance(built, Rotary) else built
+    is_inside = isinstance(built, Rotary | Relative)
+    return Sincos(Sincos.Spec(), tokenizer, width, axis_order) if is_inside else built
 
 
 def grid(counts: tuple[int, ...], reference: tuple[int, ...], device: torch.device) -> Tensor:

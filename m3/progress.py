@@ -22,6 +22,8 @@ from m3.types import Batch
 METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 HELD_OUT = "held_out/"
 """What the names of measures on held-out samples begin with in `metrics.jsonl`."""
+BASELINE = "baseline/"
+"""What those of the baselines begin with."""
 
 
 class Skipped:
@@ -169,7 +171,7 @@ class Lines:
         self.waiting = []
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Return the JSON lines of a file, [] where there is none; a last one that was cut off in writing is left out.
 
     Raises:
@@ -185,7 +187,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError as error:
-            raise M3Error(f"{path}: line {number} is damaged ({error}); remove it.") from error
+            raise M3Error(f"{path}: line {number} is no JSON ({error}); remove it.") from error
     return lines
 
 
@@ -199,7 +201,7 @@ def cut(run: Path, start: int, is_finished: bool) -> None:
     """
     for name in (METRICS, SKIPPED):
         path = run / name
-        kept = [line for line in read_lines(path) if _is_kept(line, start, is_finished)] if start else []
+        kept = [line for line in read_json_lines(path) if _is_kept(line, start, is_finished)] if start else []
         if path.is_file() or name == METRICS:
             aside = path.with_name(f".{name}.partial")  # a kill between emptying and filling would lose all lines
             aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")

@@ -37,13 +37,37 @@ class AugmentSpec(Strict):
     """One entry of `data.augment`; its other settings are those of the transform.
 
     Attributes:
-        type: of pictures a transform in torchvision.transforms.v2, e.g. `color_jitter` for ColorJitter; of points
-            `scale_translate`, see `m3.data.augment.ScaleTranslate`.
+        type: of pictures a transform in torchvision.transforms.v2, e.g. `color_jitter` for ColorJitter, or
+            `rand_augment` or `random_erasing`, see `m3.data.policies`; of points `scale_translate`, see
+            `m3.data.augment.ScaleTranslate`.
         chance: probability that it is applied at all.
     """
 
     type: str
     chance: Share = 1.0
+
+
+class MixupSpec(Strict):
+    """`data.mixup`: pairs of training samples become two mixtures of both, with their labels; see `m3.data.mixup`.
+
+    Attributes:
+        mixup: alpha of Beta(alpha, alpha), from which the share of a sample comes where values are added up (Zhang et
+            al. 2018); 0: never.
+        cutmix: alpha where a box of the picture is exchanged (Yun et al. 2019); 0: never.
+        chance: probability that a pair is mixed at all.
+        switch: probability of cutmix where both are possible.
+    """
+
+    mixup: NonNegativeFloat = 0.8
+    cutmix: NonNegativeFloat = 1.0
+    chance: Share = 1.0
+    switch: Share = 0.5
+
+    @model_validator(mode="after")
+    def _something(self) -> MixupSpec:
+        if not self.mixup and not self.cutmix:
+            raise ValueError("`mixup` and `cutmix` are both 0, so nothing is mixed; remove `data.mixup`")
+        return self
 
 
 class BucketSpec(Strict):
@@ -62,7 +86,8 @@ class DataSpec(Strict):
     """The `data` section.
 
     Attributes:
-        source: where samples come from: `world` (embedded scenes), `folder`, `shards`, `hub`, `mixture`, or a plugin.
+        source: where samples come from: `world` (embedded scenes), `digits` (scikit-learn's), `folder`, `shards`,
+            `hub`, `mixture`, or a plugin.
         root: folder or manifest of the data, for `folder`; folder or address (s3://...) of the tars, for `shards`.
         options: settings of the source, for `world`, `hub`, `mixture` and plugins.
         missing: `error`: every sample has every modality; `allow`: a sample may lack some.
@@ -72,6 +97,7 @@ class DataSpec(Strict):
         flip: probability of a horizontal flip.
         augment: modality of pictures or points -> random changes of their colours, or of the cloud, in training, each
             an `AugmentSpec`.
+        mixup: mix training samples and their labels with each other, for fine-tuning; null: they stay as they are.
         repeats: crops of a sample that are used in a row, from one reading (repeated augmentation).
         bucket: sort samples of similar length into a batch; null: batches are drawn at random.
         drop: probability that a training sample loses a modality, for all or for each by name; one always stays.
@@ -88,6 +114,7 @@ class DataSpec(Strict):
     crop: tuple[PositiveShare, PositiveShare] | None = None
     flip: float = Field(default=0.0, ge=0, le=1)
     augment: dict[str, list[dict[str, Any]]] = Field(default={})
+    mixup: MixupSpec | None = None
     repeats: PositiveInt = 1
     bucket: BucketSpec | None = None
     drop: Share | dict[str, Share] = 0.0
@@ -141,7 +168,10 @@ class TrainSpec(Strict):
         milestones: when the learning rate falls to a tenth, in the same unit, instead of a cosine (SimMIM).
         weight_decay: AdamW's.
         weight_decay_end: where half a cosine takes it over the run (I-JEPA); null: it stays.
-        decay: `matrices`: no decay of biases and other 1-D parameters (MAE); `all` (MultiMAE).
+        decay: `matrices`: no decay of biases and other 1-D parameters (MAE); `weights`: nor of class tokens and learned
+            positions (timm, MAE's fine-tuning); `all` (MultiMAE).
+        layer_decay: factor on the learning rate from each block to the one before it, for fine-tuning, see
+            `m3.schedule.layer_scales`; null: one learning rate for all.
         betas: AdamW's.
         eps: AdamW's.
         clip: largest gradient norm; null: no clipping.
@@ -179,7 +209,8 @@ class TrainSpec(Strict):
     milestones: tuple[PositiveFloat, ...] = ()
     weight_decay: NonNegativeFloat = 0.05
     weight_decay_end: PositiveFloat | None = None
-    decay: Literal["matrices", "all"] = "matrices"
+    decay: Literal["matrices", "weights", "all"] = "matrices"
+    layer_decay: PositiveShare | None = None
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
     clip: PositiveFloat | None = None

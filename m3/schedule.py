@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import re
 from random import Random
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from m3.errors import M3Error, nearest
 from m3.random import stream_number
@@ -92,9 +93,9 @@ def weight_decay(step: int, spec: TrainSpec, steps: int) -> float:
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, spec: TrainSpec, plan: Plan) -> None:
-    """Give the optimizer the learning rate and weight decay of a step; groups without decay stay without."""
+    """Give the optimizer the learning rate of a step, times each group's factor, and weight decay where it has any."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, plan)
+        group["lr"] = learning_rate(step, plan) * group.get(SCALE, 1.0)
         group["weight_decay"] = weight_decay(step, spec, plan.steps) if group["weight_decay"] else 0.0
 
 
@@ -112,18 +113,64 @@ def half_cosine(progress: float, start: float, end: float) -> float:
 
 
 def make_optimizer(model: nn.Module, spec: TrainSpec) -> torch.optim.AdamW:
-    """Make AdamW with the recipe's rule of weight decay; `lr` is set anew before every step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if spec.decay == "all":
-        groups: list[dict[str, Any]] = [{"params": parameters, "weight_decay": spec.weight_decay}]
-    else:
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": spec.weight_decay},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-    counted = sum(len(group["params"]) for group in groups)
-    assert counted == len(parameters), f"{counted} of {len(parameters)} parameters are in a group"
-    return torch.optim.AdamW(groups, lr=0.0, betas=spec.betas, eps=spec.eps, fused=True)
+    """Make AdamW with the recipe's rules of weight decay and of layers; `lr` is set anew before every step."""
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    scales = dict.fromkeys(named, 1.0) if spec.layer_decay is None else layer_scales(model, spec.layer_decay)
+    groups: dict[tuple[float, bool], dict[str, Any]] = {}
+    order = [True] if spec.decay == "all" else [True, False]
+    for scale in sorted({scales[name] for name in named}):
+        for decays in order:
+            groups[scale, decays] = {"params": [], "weight_decay": spec.weight_decay if decays else 0.0, SCALE: scale}
+    for name, parameter in named.items():
+        groups[scales[name], _decays(name, parameter, spec.decay)]["params"].append(parameter)
+    counted = sum(len(group["params"]) for group in groups.values())
+    assert counted == len(named), f"{counted} of {len(named)} parameters are in a group"
+    filled = [group for group in groups.values() if group["params"] or spec.layer_decay is None]
+    return torch.optim.AdamW(filled, lr=0.0, betas=spec.betas, eps=spec.eps, fused=True)
+
+
+SCALE = "layer_scale"
+"""Key of an optimizer's group: factor on the learning rate."""
+
+FREE = r"positions\.|((backbone|towers\.\w+)\.)?(prefix|prefix_positions)$"
+"""What `decay: weights` takes for no weight: learned positions and class tokens."""
+
+
+def _decays(name: str, parameter: Tensor, rule: str) -> bool:
+    """Return True for a parameter that weight decay pulls to 0."""
+    if rule == "all":
+        return True
+    return parameter.ndim > 1 and not (rule == "weights" and re.match(FREE, name))
+
+
+def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Return parameter -> factor on its learning rate, smaller the earlier in the network it stands.
+
+    Block i of n has decay ** (n - i), what leads into the first block decay ** (n + 1), what comes after the
+    transformer 1; its final norm goes with the last block (BEiT's rule, Bao et al. 2021, as timm's
+    `param_groups_layer_decay` reads it).
+    """
+    names = [name for name, _ in model.named_parameters()]
+    places = [re.match(r"(backbone|towers\.\w+)\.blocks\.(\d+)\.", name) for name in names]
+    depth: dict[str, int] = {}
+    for place in filter(None, places):
+        depth[place[1]] = max(depth.get(place[1], 0), int(place[2]) + 1)
+    tower_of: dict[str, str] = getattr(model, "tower_of", {})
+    scales = {}
+    for name, place in zip(names, places, strict=True):
+        if place:
+            scales[name] = decay ** (depth[place[1]] - int(place[2]))
+            continue
+        stem = re.match(r"(tokenizers|positions|modality_embeddings|mask_tokens|input_norms)\.(\w+)", name)
+        tower = re.match(r"(backbone|towers\.\w+)\.(\w+)", name)
+        if stem:
+            own = f"towers.{tower_of[stem[2]]}" if tower_of.get(stem[2]) else "backbone"
+            scales[name] = decay ** (depth.get(own, 0) + 1)
+        elif tower:
+            scales[name] = decay if tower[2] == "norm" else decay ** (depth[tower[1]] + 1)
+        else:
+            scales[name] = 1.0
+    return scales
 
 
 def drawn(mix: dict[str, float] | None, objectives: list[str], seed: int, step: int) -> tuple[str, ...] | None:

@@ -26,8 +26,9 @@ BASELINES = {
     "without": "without: the same model, not shown another modality",
     "unigram": "unigram: how often each id is asked for in training samples",
     "nothing": "nothing: the same model, which is shown nothing",
-    "raw": "raw: the same probe on the normalised values themselves",
-    "random": "random: the same probe on the network with fresh weights",
+    "raw": "raw: the same on the normalised values themselves",
+    "pca": "pca: the same on the first principal components of these values, as many as the model has features",
+    "random": "random: the same on the network with fresh weights",
     "one_code": "one code: a collapsed codebook that says the same of everything",
 }
 
@@ -83,9 +84,12 @@ def metrics_table(rows: list[Row]) -> Table:
     table.caption = "Baselines: " + "\n".join(BASELINES.get(name, name) for name in used)
     for column in ("task", "measure", "model", "baseline", "difference", ""):
         table.add_column(column, justify="right" if column in ("model", "baseline", "difference") else "left")
+    if any(row.is_sure is False for row in rows):
+        table.caption += "\n(?): no more than chance among the samples may make (95 % interval, bootstrap)"
     for row in rows:
         arrow, colour = ("\u2191" if row.higher_is_better else "\u2193"), ("green" if row.is_won else "red")
-        numbers = (f"{row.model:.3f}", f"{row.baseline:.3f}", f"[{colour}]{row.model - row.baseline:+.3f}[/]")
+        difference = f"[{colour}]{row.model - row.baseline:+.3f}[/]" + (" (?)" if row.is_sure is False else "")
+        numbers = (f"{row.model:.3f}", f"{row.baseline:.3f}", difference)
         table.add_row(row.task, f"{row.measure} {arrow}", *numbers, row.baseline_name.replace("_", " "))
     return table
 

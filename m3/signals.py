@@ -18,6 +18,8 @@ class Signal(NamedTuple):
         has_gaps: some positions may be unknown: NaN in values, -1 in class ids. No loss asks for them.
         channel_axis: of a batch of values: 1, or -1 for lists of points.
         sentinels: how many of the classes, the last ones, stand for hidden spans; they make it a sequence.
+        label: values are shares of the classes of a whole sample, which has `one` of them or `several`; empty: they are
+            not.
         is_boxed: the last four channels are a box: left, top, right, bottom.
     """
 
@@ -29,6 +31,7 @@ class Signal(NamedTuple):
     channel_axis: int = 1
     is_boxed: bool = False
     sentinels: int = 0
+    label: Literal["", "one", "several"] = ""
 
     def extent(self, signal: Tensor) -> tuple[int, ...]:
         """Return the size along the position axes of a batch (B, ...) of normalised signals."""

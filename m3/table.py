@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from m3.errors import M3Error
+from m3.metrics import Line, duration, read_lines
 from m3.model import M3Model
 from m3.plugins import View
-from m3.progress import HELD_OUT, read_lines
-from m3.recipe import Recipe, load_recipe
+from m3.recipe import load_recipe
 from m3.show import count_parameters
 
 COLUMNS = ("recipe", "hides", "predicts", "parameters", "steps", "training time", "held out: model (baseline)")
@@ -30,31 +29,19 @@ def _row(run: Path) -> tuple[str, ...]:
     if not (run / "model" / "config.json").is_file() or not (run / "metrics.jsonl").is_file():
         raise M3Error(f"{run} is no folder of a finished run; train it first (m3 train RECIPE).")
     recipe, model = load_recipe(run / "recipe.yaml"), M3Model.from_pretrained(run / "model")
-    lines = read_lines(run / "metrics.jsonl")
-    last: dict[str, Any] = next((x for x in reversed(lines) if any(key.startswith(HELD_OUT) for key in x)), {})
-    measured = {key.removeprefix(HELD_OUT): value for key, value in last.items() if key.startswith(HELD_OUT)}
-    results = [f"{name}: {value:.3f} ({last[f'baseline/{name}']:.3f})" for name, value in measured.items()]
+    lines = read_lines(run)
+    last = next((line for line in reversed(lines) if line.held_out), Line(0, 0.0))
+    results = [f"{name}: {value:.3f} ({last.baselines[name]:.3f})" for name, value in last.held_out.items()]
     objectives = list(model.objectives.values())
     return (
         f"`{recipe.name}`",
         "; ".join(dict.fromkeys(hides(view) for part in objectives for view in part.views)) or "nothing",  # type: ignore[union-attr]
         "; ".join(dict.fromkeys(part.predicts for part in objectives)),  # type: ignore[misc]
         f"{count_parameters(model) / 1e6:.2f} M",
-        str(max((int(line["step"]) for line in lines), default=0)),
-        _duration(seconds(lines, recipe)),
+        str(max((line.step for line in lines), default=0)),
+        duration(lines[-1].seconds if lines else 0.0),
         "; ".join(results) or "nothing measured",
     )
-
-
-def seconds(lines: list[dict[str, Any]], recipe: Recipe) -> float:
-    """Add up the training time of a run, without evaluations and checkpoints, from its lines of metrics."""
-    total, step = 0.0, 0
-    for line in lines:
-        if "lr" in line:
-            if rate := line.get("samples_per_second"):
-                total += (line["step"] - step) * recipe.train.batch_size / rate
-            step = line["step"]
-    return total
 
 
 def hides(view: View) -> str:
@@ -77,8 +64,3 @@ def _hidden(amount: float, names: str) -> str:
     if isinstance(amount, int):
         return f"all but {amount} tokens of {names}"
     return f"{1 - amount:.0%} of {names}" if amount < 1 else "nothing"
-
-
-def _duration(total: float) -> str:
-    minutes, rest = divmod(round(total), 60)
-    return f"{minutes} min {rest:02d} s"

@@ -12,7 +12,8 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat
 from torch import Tensor
 
-from m3.errors import M3Error, nearest, read_settings
+from m3.data.policies import POLICIES
+from m3.errors import M3Error, nearest, read_settings, within
 from m3.parts import class_name
 from m3.plugins import Modality, Strict
 from m3.random import stream_number
@@ -66,6 +67,17 @@ class ScaleTranslate:
         return torch.cat([x[:, :3] * factor + shift, x[:, 3:]], 1)
 
 
+class Chance:
+    """Does something with a probability."""
+
+    def __init__(self, transform: Transform, chance: float) -> None:
+        self.transform, self.chance = transform, chance
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Change x, or leave it as it is."""
+        return self.transform(x) if torch.rand(()) < self.chance else x
+
+
 class Augmentation:
     """Changes samples as `data.augment` says; what it draws depends on the sample's key alone."""
 
@@ -90,9 +102,30 @@ class Augmentation:
                 raise M3Error(f"data.augment.{name}: only pictures and points can be changed; remove this entry.")
             places = [f"data.augment.{name}.{number}" for number in range(len(entries))]
             self.transforms[name] = [
-                _photometric(entry, where, example) if is_picture else _of_cloud(entry, where)
+                self._of_picture(entry, where, name, modalities) if is_picture else _of_cloud(entry, where)
                 for entry, where in zip(entries, places, strict=True)
             ]
+
+    def _of_picture(self, entry: dict[str, Any], where: str, name: str, modalities: dict[str, Modality]) -> Transform:
+        """Make one transform of pictures; one that moves pixels goes with no other map of the same sample."""
+        if entry.get("type") not in POLICIES:
+            return _photometric(entry, where, modalities[name].blank(1)[0])
+        spec, settings = _split(entry, where)
+        part = POLICIES[spec.type]
+        others = [other for other, modality in modalities.items() if other != name and "crop" not in modality.follows]
+        others += [other for other, modality in modalities.items() if other != name and modality.is_map]
+        if part.moves and others:
+            raise M3Error(
+                f"{where}: `{spec.type}` moves pixels of `{name}`, which `{others[0]}` can't follow; remove it."
+            )
+        picture = modalities[name]
+        mean, std = (getattr(picture, name, None) for name in ("mean", "std"))
+        if not mean or not std or (part.moves and picture.signal.channels != 3):
+            raise M3Error(f"{where}: `{spec.type}` changes pictures in RGB, which `{name}` does not hold; remove it.")
+        height, width = picture.signal.size[-2:]
+        with within(where):
+            made = part(read_settings(part.Spec, settings, where), mean, std, (height, width))
+        return Chance(made, spec.chance)
 
     def __call__(self, signals: dict[str, Tensor], key: str) -> dict[str, Tensor]:
         """Change the fitted signals of a sample; `key` names the sample and its use."""
@@ -143,7 +176,8 @@ def _photometric(entry: dict[str, Any], where: str, example: Tensor) -> Transfor
     """Make one transform of colours and try it."""
     spec, settings = _split(entry, where)
     if spec.type not in PHOTOMETRIC:
-        raise M3Error(f"{where}.type: `{spec.type}` is no change of colours.{nearest(spec.type, PHOTOMETRIC)}")
+        known = (*PHOTOMETRIC, *POLICIES)
+        raise M3Error(f"{where}.type: `{spec.type}` is no change of colours.{nearest(spec.type, known)}")
     try:
         from torchvision.transforms import v2
     except ImportError as error:

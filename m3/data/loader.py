@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from m3.data.augment import Augmentation, check_geometry
 from m3.data.geometry import random_crop
-from m3.data.source import Drawn, Sample, Source
+from m3.data.mixup import Mixup
+from m3.data.source import Drawn, Sample, Source, check_labels, with_labels
 from m3.errors import M3Error, nearest
 from m3.plugins import Crop, Modality
 from m3.preemption import spare_worker
@@ -53,8 +54,11 @@ class Samples(Dataset[Loaded]):
             if name not in modalities:
                 raise M3Error(f"data.drop names `{name}`, which is no modality.{nearest(name, modalities)}")
         check_geometry(spec, modalities)
+        check_labels(source, modalities)
         self.source, self.modalities, self.spec, self.seed = source, modalities, spec, seed
         self.augmentation = Augmentation(spec.augment, modalities)
+        is_training = source.split == "train"
+        self.mixup = Mixup(spec.mixup, spec, modalities, seed) if spec.mixup and is_training else None
         self._last: tuple[int, Sample] | None = None
 
     def __getitem__(self, at: tuple[int, int]) -> Loaded:
@@ -88,7 +92,8 @@ class Samples(Dataset[Loaded]):
             own.source, own._last = self.source.stream.source(pairs.rows), None
             return own.__getitems__(pairs.pairs)
         try:
-            return self.collate([self[pair] for pair in pairs])
+            batch = self.collate([self[pair] for pair in pairs])
+            return batch if self.mixup is None else self.mixup(batch)
         except M3Error as error:
             return error
 
@@ -99,7 +104,8 @@ class Samples(Dataset[Loaded]):
     def _read(self, number: int) -> Sample:
         """Read a sample, or take the last one again: repeated crops are decoded once."""
         if self._last is None or self._last[0] != number:
-            self._last = (number, self.source.read(number))
+            sample = self.source.read(number)
+            self._last = (number, with_labels(sample, self.modalities, self.spec.missing == "allow"))
         return self._last[1]
 
     def fit(self, sample: Sample, position: int, skipped: tuple[str, ...] = ()) -> Loaded:

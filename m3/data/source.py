@@ -6,7 +6,7 @@ import hashlib
 import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from m3.data.files import Member, Stored, encode
@@ -97,6 +97,10 @@ class Source(ABC):
         """Return modality -> share in [0, 1] of the samples that have it; None: known only by reading them."""
         return None
 
+    def known_labels(self, name: str) -> Sequence[int | None] | None:
+        """Return label `name` of every sample, None where it has none. None: known only by reading them."""
+        return None
+
     def lengths(self, name: str) -> Sequence[int] | None:
         """Return how long modality `name` of every sample is, in bytes as it is stored, 0 where the sample lacks it.
 
@@ -144,8 +148,56 @@ def refuse_stream(source: Source, what: str) -> None:
 
 
 def open_source(spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> Source:
-    """Open one split of what the `data` section of a recipe describes."""
-    return find("sources", spec.source)(spec, modalities, seed, split)
+    """Open one split of what the `data` section of a recipe describes.
+
+    It is asked for signals only; modalities that are made of labels come on top, see `with_labels`.
+    """
+    signals = {name: part for name, part in modalities.items() if part.from_label is None}
+    if not signals:
+        raise M3Error("modalities: all are made of labels, and no signal is left to learn from; add one.")
+    return find("sources", spec.source)(spec, signals, seed, split)
+
+
+def with_labels(sample: Sample, modalities: dict[str, Modality], may_lack: bool = True) -> Sample:
+    """Return the sample with the modalities that are made of its labels.
+
+    Raises:
+        M3Error: the sample has not the label, and may not lack it.
+    """
+    wanted = {name: part.from_label for name, part in modalities.items() if part.from_label is not None}
+    absent = [(name, label) for name, label in wanted.items() if label not in sample.labels]
+    if absent and not may_lack:
+        name, label = absent[0]
+        there = ", ".join(sample.labels) or "none"
+        raise M3Error(
+            f"the data give no label `{label}` for the modality `{name}` (labels there: {there}); set "
+            f"modalities.{name}.of to one of them, add a manifest with a column `label`, or put the files into a "
+            f"folder per class; data.missing=allow trains on samples without it as well."
+        )
+    made = {name: sample.labels[label] for name, label in wanted.items() if label in sample.labels}
+    return replace(sample, signals={**sample.signals, **made})
+
+
+def check_labels(source: Source, modalities: dict[str, Modality]) -> None:
+    """Raise where a source that knows its labels shows that they can't be learned, before anything is read.
+
+    Raises:
+        M3Error: a sample has none though none may lack it, or all training samples have the same.
+    """
+    for name, label in ((name, part.from_label) for name, part in modalities.items()):
+        known = None if label is None else source.known_labels(label)
+        if label is None or not known or all(number is None for number in known):
+            continue
+        if source.spec.missing == "error" and None in known:
+            raise M3Error(
+                f"{source.name(known.index(None))} has no label `{label}`, which `{name}` is made of; label it, put "
+                f"its class's folder among the training samples too, or set data.missing=allow."
+            )
+        if source.split == "train" and len(set(known) - {None}) == 1:
+            raise M3Error(
+                f"all {len(known)} training samples have the label `{label}` {next(iter(set(known) - {None}))}, so "
+                f"there is nothing to tell apart; add samples of another class, or correct data.root."
+            )
 
 
 def coverage(source: Source, samples: int = 256) -> dict[str, float]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3.model import M3Model
 from m3.parts import build_spec
 from m3.plugins import Strict
 from m3.types import Batch
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,9 @@ class Row:
         baseline: what the baseline reaches on the same positions.
         baseline_name: which baseline.
         higher_is_better: direction of the measure.
+        interval: 95 % interval of the model's figure over the samples; None: not worked out.
+        difference: 95 % interval of model minus baseline on the same samples; None: not worked out.
+        notes: what else is worth knowing, for the report.
     """
 
     task: str
@@ -31,11 +37,19 @@ class Row:
     baseline: float
     baseline_name: str
     higher_is_better: bool
+    interval: tuple[float, float] | None = None
+    difference: tuple[float, float] | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_won(self) -> bool:
         """True when the model is better than the baseline."""
         return (self.model > self.baseline) == self.higher_is_better
+
+    @property
+    def is_sure(self) -> bool | None:
+        """True when the difference is more than chance among the samples may make; None: not known."""
+        return None if self.difference is None else self.difference[0] > 0 or self.difference[1] < 0
 
 
 class Task(ABC):
@@ -64,6 +78,10 @@ class Task(ABC):
     @abstractmethod
     def rows(self) -> list[Row]:
         """Return what was measured since the last call, and begin anew."""
+
+    def figures(self) -> dict[str, Figure]:
+        """Return title -> picture of what the last `rows` measured; most tasks have none."""
+        return {}
 
 
 def build_tasks(settings: dict[str, dict[str, Any]], model: M3Model, seed: int) -> list[Task]:

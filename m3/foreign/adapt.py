@@ -33,29 +33,36 @@ def adapt(tensors: dict[str, Tensor], old: Sections, new: Sections, shapes: dict
     Raises:
         M3Error: a weight can't be changed to its shape by any rule.
     """
-    said = []
+    said: dict[str, None] = {}  # once each: blocks may have a table of their own
     for name in [name for name, x in tensors.items() if name in shapes and x.shape != shapes[name]]:
         x, shape = tensors[name], tuple(shapes[name])
         is_as_wide = x.shape[:1] == shape[:1]  # rows of a projection and of our tables are D
         if is_as_wide and (match := re.fullmatch(r"positions\.(\w+)\.(table|first|others)", name)):
             tensors[name] = resized(x, shape[1:])
-            said.append(f"{match[1]}: learned positions go from {_by(x.shape[1:])} to {_by(shape[1:])} (interpolated)")
+            said[f"{match[1]}: learned positions go from {_by(x.shape[1:])} to {_by(shape[1:])} (interpolated)"] = None
+        elif is_as_wide and (match := re.fullmatch(r"(.+)\.relative_biases\.\d+\.table", name)):
+            tensors[name] = resized(x, shape[1:])
+            said[f"{match[1]}: relative biases go from {_by(x.shape[1:])} to {_by(shape[1:])} (interpolated)"] = None
         elif is_as_wide and (match := re.fullmatch(r"tokenizers\.(\w+)\.projection\.weight", name)):
             kernels = kernel_of(old[match[1]]), kernel_of(new[match[1]])
             tensors[name] = projected(x, *kernels)
-            said.append(f"{match[1]}: the projection of patches goes from {_by(kernels[0])} to {_by(kernels[1])}")
+            line = f"{match[1]}: the projection of patches goes from {_by(kernels[0])} to {_by(kernels[1])}"
             if kernels[0][0] != kernels[1][0]:
-                said[-1] += f" (every channel gets the mean of the old ones x {kernels[0][0]} / {kernels[1][0]})"
+                line += f" (every channel gets the mean of the old ones x {kernels[0][0]} / {kernels[1][0]})"
+            said[line] = None
         else:
             raise M3Error(
                 f"`{name}` of shape {tuple(x.shape)} can't become {shape}; leave the part out (objectives=null) or "
                 f"keep its size."
             )
-    return said
+    return list(said)
 
 
 def resized(table: Tensor, grid: tuple[int, ...]) -> Tensor:
-    """Interpolate a table (D, *grid) to another grid: pictures bicubic, other axes linear; as timm does."""
+    """Interpolate a table (D, *grid) to another grid: pictures bicubic, other axes linear; as timm does.
+
+    Relative biases (H, 2 h - 1, 2 w - 1) are stretched likewise, the distance 0 stays in the middle.
+    """
     x = table.float()
     if len(grid) == 1:
         return F.interpolate(x[None], grid[0], mode="linear", align_corners=False)[0].to(table.dtype)

@@ -14,7 +14,11 @@ from m3.foreign.rows import Left, Row
 
 PLAIN = {"mlp": "gelu", "bias": True, "qk_norm": False, "layer_scale": None, "norm": "pre", "input_norm": False}
 PLAIN |= {"causal": False, "positions_every_block": False, "modality_embedding": False, "class_positions": False}
+PLAIN |= {"relative_bias": None}
 """What the blocks of a plain ViT are made of, as settings of the backbone; for `backbone_of`."""
+
+SHOWN = ("layer_scale", "qk_norm", "class_positions", "input_norm")
+"""Settings that show in the names of tensors: a table that has no row for them refuses them itself."""
 
 HEADS = {192: 3, 384: 6, 512: 8, 640: 8, 768: 12, 1024: 16, 1152: 16, 1280: 16, 1408: 16, 1536: 24, 1664: 16}
 """Attention heads of published transformers by their width; no tensor tells."""
@@ -75,19 +79,6 @@ def heads_of(width: int, given: Any, key: str) -> int:
     return HEADS[width]
 
 
-def plain(settings: dict[str, Any], title: str, is_causal: bool = False, norm: str = "pre") -> dict[str, Any]:
-    """Return the settings of a transformer with all that is left to defaults.
-
-    Raises:
-        M3Error: it does what no tensor shows and the format has not.
-    """
-    spec = read_settings(BackboneSpec, {k: v for k, v in settings.items() if k != "modalities"}, "backbone")
-    if spec.norm != norm or spec.causal != is_causal or spec.positions_every_block:
-        what = f"norm: {norm}, causal: {str(is_causal).lower()} and positions_every_block: false"
-        raise M3Error(f"{title} needs a transformer with {what}; this one is another.")
-    return spec.model_dump()
-
-
 def ratio_of(hidden: int, width: int) -> float:
     """Return the `mlp_ratio` of which int(width * ratio) is `hidden`; the quotient may be rounded down."""
     ratio = hidden / width
@@ -115,21 +106,29 @@ def get(settings: dict[str, Any], path: str, default: Any = None) -> Any:
     return settings
 
 
-def backbone_of(config: M3Config, title: str, **wanted: Any) -> BackboneSpec:
-    """Return the backbone's settings, all of them.
+def backbone_of(
+    config: M3Config, title: str, tower: str = "", free: tuple[str, ...] = (), **wanted: Any
+) -> BackboneSpec:
+    """Return all settings of the only transformer of a model, or of one of its towers.
 
     Args:
         config: ours.
         title: what people call the format.
+        tower: name of the tower; empty: the backbone, and there may be no towers beside it.
+        free: settings that the format can say, by its tensors or in its own settings, of those in `PLAIN`.
         wanted: settings that the format can't say otherwise, beside those of a plain ViT.
 
     Raises:
         M3Error: a setting is another one, or there are towers.
     """
-    if config.towers:
+    where, settings = "backbone", config.backbone or {}
+    if tower:
+        where = f"towers.{tower}"
+        settings = {key: value for key, value in (config.towers or {})[tower].items() if key != "modalities"}
+    elif config.towers:
         raise M3Error(f"{title} is one transformer; it has no place for `towers`.")
-    spec = read_settings(BackboneSpec, config.backbone or {}, "backbone")
+    spec = read_settings(BackboneSpec, settings, where)
     for name, value in (PLAIN | wanted).items():
-        if getattr(spec, name) != value:
-            raise M3Error(f"backbone.{name} is {getattr(spec, name)}, and {title} knows {value} only.")
+        if name not in free and getattr(spec, name) != value:
+            raise M3Error(f"{where}.{name} is {getattr(spec, name)}, and {title} knows {value} only.")
     return spec

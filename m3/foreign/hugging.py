@@ -10,7 +10,7 @@ from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign import vision
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.format import plain, ratio_of
+from m3.foreign.format import SHOWN, backbone_of, ratio_of
 from m3.foreign.rows import Row
 from m3.foreign.vision import pair
 
@@ -123,4 +123,4 @@ def only_image(config: M3Config, title: str) -> tuple[dict[str, Any], dict[str, 
     """
     if config.objectives or config.towers or list(config.modalities or {}) != ["image"]:
         raise M3Error(f"{title} is one encoder of images without objectives; choose a format that holds more.")
-    return (config.modalities or {})["image"], plain(config.backbone or {}, title)
+    return (config.modalities or {})["image"], backbone_of(config, title, free=(*SHOWN, "mlp")).model_dump()

@@ -16,7 +16,7 @@ from m3.config import M3Config
 from m3.data.words import describe, open_vocabulary
 from m3.errors import M3Error, read_settings
 from m3.foreign import vision
-from m3.foreign.format import plain
+from m3.foreign.format import SHOWN, backbone_of
 from m3.foreign.rows import Row, one, padded, shaped, shifted
 from m3.foreign.vision import pair
 from m3.objectives.contrast import Contrast
@@ -26,6 +26,7 @@ TEMPERATURE = {"softmax": 0.07, "sigmoid": 0.1}
 """Published starts: what is learned is kept as the difference from them, so that recipes can start from it."""
 BIAS = -10.0
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Side = tuple[str, str]
 """Pooling and projection."""
 CLIP_IDS = 49408
@@ -123,7 +124,11 @@ def parts_of(config: M3Config, title: str, image: Side, text: Side, is_causal: b
             f"{image[0]}, projection: {image[1]}) and text (pool: {text[0]}, projection: {text[1]}); this model is "
             f"another."
         )
-    whole = {"photo": plain(towers["photo"], title), "words": plain(towers["words"], title, is_causal)}
+    free = (*SHOWN, "mlp")
+    whole = {
+        "photo": backbone_of(config, title, "photo", free).model_dump(),
+        "words": backbone_of(config, title, "words", free, causal=is_causal).model_dump(),
+    }
     return config.modalities or {}, whole, contrast
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.rows import Row, joined, one, same, shaped, without_key_bias, zeros
+from m3.foreign.rows import Change, Row, joined, one, same, shaped, without_key_bias, zeros
 from m3.network import build_modalities
 from m3.parts import build_spec
 from m3.positions import grid, sincos
@@ -68,10 +68,14 @@ def unbiased_keys(query: str, value: str, ours: str, depth: int) -> list[Row]:
     ]
 
 
-def scales(theirs: tuple[str, str], ours: str, depth: int) -> list[Row]:
-    """Rows of LayerScale."""
+def scales(theirs: tuple[str, str], ours: str, depth: int, start: float) -> list[Row]:
+    """Rows of LayerScale, whose factors ours keeps as the differences from their start."""
+
+    def move(by: float) -> Change:
+        return lambda x: [x[0] if start == NO_SCALE else (x[0].double() + by).to(x[0].dtype)]
+
     return [
-        one(name.format(n), f"{ours.format(n)}.scale{branch}.difference")
+        Row((name.format(n),), (f"{ours.format(n)}.scale{branch}.difference",), move(-start), move(start))
         for n in range(depth)
         for branch, name in enumerate(theirs, start=1)
     ]
@@ -81,6 +85,55 @@ def patches(theirs: str, ours: str, width: int, kernel: tuple[int, ...], has_bia
     """Rows of a convolution (D, C, *kernel) that is our projection (D, C * values of the kernel)."""
     weight = shaped(f"{theirs}.weight", f"{ours}.weight", (width, *kernel), (width, prod(kernel)))
     return [weight, one(f"{theirs}.bias", f"{ours}.bias") if has_bias else zeros(f"{ours}.bias", (width,))]
+
+
+class Classifier(NamedTuple):
+    """A model of images that names their class.
+
+    Attributes:
+        name: of the objective.
+        label: of the modality.
+        classes: K.
+        pool: what its vector is made of.
+        several: an image may have several classes.
+    """
+
+    name: str
+    label: str
+    classes: int
+    pool: str
+    several: bool
+
+
+def classifier_sections(classes: int, pool: str, several: bool = False) -> dict[str, dict[str, Any]]:
+    """Return what a classifier adds to `modalities` and `objectives`."""
+    label: dict[str, Any] = {"type": "label", "classes": classes, "tokenizer": {"type": "label"}}
+    label |= {"several": True} if several else {}
+    return {"modalities": {"label": label}, "objectives": {"classify": {"type": "classify", "pool": pool}}}
+
+
+def classifier_of(config: M3Config, title: str) -> Classifier | None:
+    """Return the classifier of a model that reads images and may name their class; None: it only encodes.
+
+    Raises:
+        M3Error: it does anything else.
+    """
+    objectives, modalities = config.objectives or {}, config.modalities or {}
+    names = [name for name in modalities if name != "image"]
+    kinds = [entry.get("type") for entry in objectives.values()]
+    if "image" in modalities and not config.towers and not names and not kinds:
+        return None
+    if config.towers or "image" not in modalities or kinds != ["classify"] or len(names) != 1:
+        raise M3Error(
+            f"{title} is one encoder of images, with a head that classifies or without objectives; choose a format "
+            f"that holds more."
+        )
+    ((name, entry),) = objectives.items()
+    spec: Any = build_spec("objectives", entry, f"objectives.{name}")[1]
+    label = modalities[names[0]]
+    if spec.pool not in ("mean", "class") or spec.inputs not in (None, ("image",)):
+        raise M3Error(f"{title} classifies images by the mean of their tokens or the class token; this model does not.")
+    return Classifier(name, names[0], label["classes"], spec.pool, label.get("several", False))
 
 
 def table_of(config: dict[str, Any], tokens: tuple[int, ...], width: int, prefix: int) -> Tensor:

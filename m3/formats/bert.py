@@ -20,7 +20,7 @@ from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign import hugging, pairs, vision
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.format import Format, get, plain
+from m3.foreign.format import Format, backbone_of, get
 from m3.foreign.rows import Left, Row, one, padded, same
 
 TITLE = "transformers' BERT"
@@ -180,9 +180,9 @@ def _parts(config: M3Config) -> tuple[dict[str, Any], dict[str, Any]]:
         M3Error: the model is another.
     """
     objectives, modalities = config.objectives or {}, config.modalities or {}
-    backbone = plain(config.backbone or {}, TITLE, norm="post")
+    backbone = backbone_of(config, TITLE, free=(*STYLE, "mlp")).model_dump()
     decoder = get(objectives, "words.decoder", {})
-    is_known = list(modalities) == ["text"] and not config.towers and list(objectives) in ([], ["words"])
+    is_known = list(modalities) == ["text"] and list(objectives) in ([], ["words"])
     is_known = is_known and all(backbone[name] == value for name, value in STYLE.items())
     is_tied = decoder.get("tied") and decoder.get("hidden") == backbone["width"] and backbone["mlp"] == "gelu"
     if not is_known or (objectives and not is_tied):

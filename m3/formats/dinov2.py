@@ -23,7 +23,6 @@ from m3.foreign.rows import Left, Row, computed, joined, same
 from m3.formats.vit_mae import QKV
 
 TITLE = "transformers' DINOv2"
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LAYERS = {"norm1": "norm1", "attention.output.dense": "attention.projection", "norm2": "norm2"}
 PLAIN = {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
 OLD = (
@@ -54,7 +53,7 @@ class Dinov2(Format):
         width = theirs["hidden_size"]
         if not theirs["qkv_bias"]:
             raise M3Error("its queries, keys and values have no bias, which is not read.")
-        image = hugging.image_of(foreign, theirs, MEAN, STD)
+        image = hugging.image_of(foreign, theirs, pairs.IMAGENET_MEAN, pairs.IMAGENET_STD)
         backbone = hugging.tower_of(theirs | {"intermediate_size": int(width * theirs["mlp_ratio"])})
         backbone |= {"class_tokens": 1 + theirs.get("num_register_tokens", 0), "class_positions": True}
         backbone["layer_scale"] = vision.NO_SCALE
@@ -68,13 +67,14 @@ class Dinov2(Format):
         width, depth, kernel = backbone["width"], backbone["depth"], pairs.kernel_of(image)
         block, own = "encoder.layer.{}", "backbone.blocks.{}"
         projection = "embeddings.patch_embeddings.projection"
+        scales = f"{block}.layer_scale1.lambda1", f"{block}.layer_scale2.lambda1"
         return [
             *vision.patches(projection, "tokenizers.image.projection", width, kernel),
             _places(pairs.tokens_of(image), width, backbone["class_tokens"]),
             computed("embeddings.mask_token", torch.zeros(1, width)),
             *vision.blocks(block, own, depth, LAYERS),
             *vision.split(tuple(f"{block}.attention.attention.{name}" for name in QKV), own, depth),
-            *vision.scales((f"{block}.layer_scale1.lambda1", f"{block}.layer_scale2.lambda1"), own, depth),
+            *vision.scales(scales, own, depth, backbone["layer_scale"]),
             *(_gated(block, own, depth) if backbone["mlp"] == "swiglu" else vision.blocks(block, own, depth, PLAIN)),
             *same("layernorm", "backbone.norm"),
         ]

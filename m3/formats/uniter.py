@@ -20,7 +20,7 @@ from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign import pairs
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.format import Format, get, heads_of, plain, ratio_of
+from m3.foreign.format import Format, backbone_of, get, heads_of, ratio_of
 from m3.foreign.rows import Left, Row, one, same
 from m3.formats.bert import STYLE, bert_text, block_rows, head_rows, text_rows
 
@@ -164,8 +164,8 @@ def _check(config: M3Config) -> dict[str, Any]:
         M3Error: the model is no UNITER as its code has it.
     """
     objectives, modalities = config.objectives or {}, config.modalities or {}
-    backbone = plain(config.backbone or {}, TITLE, norm="post")
-    is_known = all(backbone[name] == value for name, value in STYLE.items()) and not config.towers
+    backbone = backbone_of(config, TITLE, free=(*STYLE, "mlp")).model_dump()
+    is_known = all(backbone[name] == value for name, value in STYLE.items())
     is_known = is_known and backbone["mlp"] == "gelu" and backbone["norm_eps"] == EPS
     is_known = is_known and list(modalities)[:2] == ["text", "regions"]
     has_heads = set(objectives) == {"match", "words", "features", "labels"}

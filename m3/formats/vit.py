@@ -1,7 +1,7 @@
 """A plain ViT in timm's names: timm itself, MAE's encoder, DeiT, DINOv2 with registers, and what follows them.
 
     cls_token, reg_token, pos_embed, patch_embed.proj, norm_pre, blocks.N.(norm1, attn.qkv, attn.proj, ls1.gamma, norm2,
-    mlp.fc1, mlp.fc2, ls2.gamma), norm
+    mlp.fc1, mlp.fc2, ls2.gamma), norm; of fine-tuned ones also head, and fc_norm instead of norm
 
 Letters: D width, R prefix tokens (class and registers), N patches.
 """
@@ -17,7 +17,7 @@ from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign import vision
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.format import Format, get, heads_of, plain, square
+from m3.foreign.format import SHOWN, Format, backbone_of, get, heads_of, square
 from m3.foreign.rows import Left, Row, computed, same, shaped
 from m3.foreign.vision import pair
 
@@ -27,7 +27,7 @@ class Vit(Format):
 
     title = "ViT in timm's names (timm, MAE's encoder)"
     left = (
-        Left(r"(head|fc_norm)\..*", "a classifier of the task it was tuned for"),
+        Left(r"(head|fc_norm)\.(weight|bias)", "a part of a classifier that is not whole"),
         Left(r"mask_token", "a mask token of its pretraining, which the encoder does not use"),
     )
 
@@ -36,24 +36,66 @@ class Vit(Format):
         needed = {"pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"}
         strangers = ("decoder", "encoder", "attn_pool", "visual", "text")
         is_alone = needed <= foreign.shapes.keys() and not any(name.startswith(strangers) for name in foreign.shapes)
-        return is_alone and not vision.is_sound(foreign)
+        is_beit = "blocks.0.attn.q_bias" in foreign.shapes
+        return is_alone and not is_beit and not vision.is_sound(foreign)
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
         """Read the sizes off the shapes; mean, deviation and eps are timm's defaults where no config says more."""
         image, backbone = encoder_of(foreign, given)
-        return {"modalities": {"image": image}, "backbone": backbone, "objectives": {}}
+        found = {"modalities": {"image": image}, "backbone": backbone, "objectives": {}}
+        if has_head(foreign):
+            sections = vision.classifier_sections(foreign.shapes["head.weight"][0], pool_of(foreign, backbone, given))
+            found["modalities"] |= sections["modalities"]
+            found["objectives"] |= sections["objectives"]
+        return found
 
     def rows(self, config: M3Config) -> list[Row]:
-        """Return the rows of the encoder."""
-        if config.objectives or config.towers or list(config.modalities or {}) != ["image"]:
-            raise M3Error("a ViT is one encoder of images without objectives; choose a format that holds more.")
-        return encoder_rows(config)
+        """Return the rows of the encoder, and of the classifier where there is one."""
+        found, rows = vision.classifier_of(config, "a ViT"), encoder_rows(config)
+        if found is None:
+            return rows
+        if not (config.backbone or {}).get("final_norm", True):
+            rows += same("fc_norm", f"objectives.{found.name}.norm")
+        return [*rows, *same("head", f"objectives.{found.name}.head")]
+
+    def settings(self, config: M3Config) -> dict[str, Any]:
+        """Return what timm's models say of their classifier."""
+        found = vision.classifier_of(config, "a ViT")
+        pool = {"mean": "avg", "class": "token"}
+        return {} if found is None else {"num_classes": found.classes, "global_pool": pool[found.pool]}
 
     def notes(self, foreign: Foreign, config: M3Config) -> list[str]:
         """Say what no tensor tells."""
         backbone: Any = config.backbone
         said = f"backbone.heads={backbone['heads']} and backbone.norm_eps={backbone['norm_eps']:g} are the usual ones"
-        return [said + "; change them if the model was made otherwise."]
+        notes = [said + "; change them if the model was made otherwise."]
+        if config.objectives and "global_pool" not in foreign.settings:
+            pool = config.objectives["classify"]["pool"]
+            notes.append(
+                f"objectives.classify.pool={pool} is the usual one for these names; change it to mean or class."
+            )
+        return notes
+
+
+def has_head(foreign: Foreign) -> bool:
+    """Return True where a classifier is whole: a linear layer behind one norm, before or after the pooling."""
+    shapes = foreign.shapes
+    norms = sum(f"{name}.weight" in shapes for name in ("norm", "fc_norm"))
+    return (
+        len(shapes.get("head.weight", ())) == 2 and "head.bias" in shapes and norms == 1 and _pool(foreign) is not None
+    )
+
+
+def pool_of(foreign: Foreign, backbone: dict[str, Any], given: dict[str, Any]) -> str:
+    """Return what a classifier's vector is made of: as the user or timm's config says, else by the norm's name."""
+    said = get(given, "objectives.classify.pool") or _pool(foreign)
+    usual = "mean" if "fc_norm.weight" in foreign.shapes or not backbone["class_tokens"] else "class"
+    return said or usual
+
+
+def _pool(foreign: Foreign) -> str | None:
+    """Return our word for timm's `global_pool`; empty where it is not said, None where we have not its kind."""
+    return {"avg": "mean", "token": "class", "": ""}.get(foreign.settings.get("global_pool", ""))
 
 
 def encoder_of(foreign: Foreign, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -101,7 +143,8 @@ def encoder_of(foreign: Foreign, given: dict[str, Any]) -> tuple[dict[str, Any],
 
 def encoder_rows(config: M3Config, theirs: str = "") -> list[Row]:
     """Return the rows of an encoder of images; `theirs` stands before every name of theirs."""
-    image, backbone = (config.modalities or {})["image"], plain(config.backbone or {}, "a ViT in timm's names")
+    image = (config.modalities or {})["image"]
+    backbone = backbone_of(config, "a ViT in timm's names", free=SHOWN).model_dump()
     width, depth, prefix = backbone["width"], backbone["depth"], backbone["class_tokens"]
     patch, size = pair(image["tokenizer"]["size"]), pair(image["size"])
     tokens = (size[0] // patch[0], size[1] // patch[1])
@@ -120,7 +163,7 @@ def encoder_rows(config: M3Config, theirs: str = "") -> list[Row]:
         rows.append(_class_and_registers(theirs, prefix))
     rows += vision.blocks(block, own, depth, vision.TIMM) + vision.fused(f"{block}.attn.qkv", own, depth)
     if backbone.get("layer_scale"):
-        rows += vision.scales((f"{block}.ls1.gamma", f"{block}.ls2.gamma"), own, depth)
+        rows += vision.scales((f"{block}.ls1.gamma", f"{block}.ls2.gamma"), own, depth, backbone["layer_scale"])
     if backbone.get("qk_norm"):
         names = {"attn.q_norm": "attention.q_norm", "attn.k_norm": "attention.k_norm"}
         rows += vision.blocks(block, own, depth, names)

@@ -12,7 +12,7 @@ from m3.config import M3Config
 from m3.errors import M3Error
 from m3.foreign import vision
 from m3.foreign.checkpoint import Foreign
-from m3.foreign.format import Format, plain
+from m3.foreign.format import SHOWN, Format, backbone_of
 from m3.foreign.rows import Row, computed, same, shaped
 from m3.foreign.vision import pair
 from m3.formats.mae import DECODER, decoder_rows, with_decoder
@@ -83,7 +83,8 @@ class VitMae(Format):
 
     def rows(self, config: M3Config) -> list[Row]:
         """Return the rows of the encoder, and of the decoder where there is one."""
-        rows = encoder_rows((config.modalities or {})["image"], plain(config.backbone or {}, self.title))
+        backbone = backbone_of(config, self.title, free=SHOWN).model_dump()
+        rows = encoder_rows((config.modalities or {})["image"], backbone)
         if not config.objectives:
             return rows
         block, own = "decoder.decoder_layers.{}", f"{DECODER}.blocks.{{}}"

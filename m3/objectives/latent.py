@@ -9,6 +9,7 @@ Letters: B batch, N tokens of a modality, V visible tokens, T targets, D width.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -85,23 +86,33 @@ class Latent(Objective):
 
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
         """Return one part per modality, and `class`."""
-        truth, plan = self.targets(encoded[self.teacher_view]), encoded[self.teacher_view].plan
         parts, watched = {}, {}
-        for name in self.inputs:
-            place = restore_index(plan, name, tokens[name].count).clamp(max=truth.shape[1] - 1)
-            own = take(truth, place)  # (B, N, D)
-            found = []
-            for view in self.student_views:
-                for index, is_target in blocks(encoded[view].plan, name):
-                    guess, answer = self.decoders[name](encoded[view], tokens, index), take(own, index)
-                    found.append(self._loss(guess, answer, is_target))
-                    watched[f"{name} predicted"] = guess.detach().flatten(0, 1)
-                    watched[f"{name} target"] = answer.flatten(0, 1)
-            parts[name] = Part(*total(found), self.spec.weight)
+        found: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.inputs}
+        for name, _, guess, answer, is_target in self.predictions(encoded, tokens):
+            found[name].append(self.loss(guess, answer, is_target))
+            watched[f"{name} predicted"] = guess.detach().flatten(0, 1)
+            watched[f"{name} target"] = answer.flatten(0, 1)
+        parts = {name: Part(*total(losses), self.spec.weight) for name, losses in found.items()}
         if self.spec.class_weight:
-            parts["class"] = self._class_part(encoded, masked_mean(truth, plan.is_valid), plan)
+            seen = encoded[self.teacher_view]
+            parts["class"] = self._class_part(encoded, masked_mean(self.targets(seen), seen.plan.is_valid), seen.plan)
         watched["pooled"] = encoded[self.student_views[0]].pooled.detach()
         return Loss(parts, watched)
+
+    def predictions(
+        self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]
+    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor | None]]:
+        """Yield modality, asked places (B, T), prediction and target (B, T, D), and which count, (B, T) or None."""
+        for name in self.inputs:
+            own = self.features(encoded[self.teacher_view], name, tokens[name].count)
+            for view in self.student_views:
+                for index, is_target in blocks(encoded[view].plan, name):
+                    yield name, index, self.decoders[name](encoded[view], tokens, index), take(own, index), is_target
+
+    def features(self, encoded: Encoded, name: str, count: int) -> Tensor:
+        """Return the targets (B, N, D) of the `count` tokens of a modality, of which the teacher sees all."""
+        truth = self.targets(encoded)
+        return take(truth, restore_index(encoded.plan, name, count).clamp(max=truth.shape[1] - 1))
 
     def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
         """Return the count of every part that `forward` will return."""
@@ -127,7 +138,8 @@ class Latent(Objective):
             x = torch.stack([standardise(layer, encoded.plan.is_valid) for layer in layers]).mean(0)
         return F.layer_norm(exact(x), x.shape[-1:])
 
-    def _loss(self, guess: Tensor, answer: Tensor, is_target: Tensor | None) -> tuple[Tensor, Tensor]:
+    def loss(self, guess: Tensor, answer: Tensor, is_target: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return sum and count of the loss of predictions (B, T, D) over the values of the tokens that count."""
         losses = LOSSES[self.spec.loss](exact(guess), answer, reduction="none")
         return reduce(losses, None if is_target is None else is_target.unsqueeze(-1), "token")
 
@@ -138,7 +150,7 @@ class Latent(Objective):
     def _class_part(self, encoded: dict[View, Encoded], mean: Tensor, plan: MaskPlan) -> Part:
         """Return the loss of the class tokens of all masks against the mean feature (B, D)."""
         there = None if plan.is_valid is None else plan.is_valid.any(1, keepdim=True)
-        found = [self._loss(encoded[view].prefix[:, :1], mean.unsqueeze(1), there) for view in self.student_views]
+        found = [self.loss(encoded[view].prefix[:, :1], mean.unsqueeze(1), there) for view in self.student_views]
         return Part(*total(found), self.spec.class_weight)
 
 

@@ -278,9 +278,10 @@ def _check(
         if name not in outputs:
             raise M3Error(f"weights names `{name}`, which is not in `outputs`.{nearest(name, outputs)}")
     for name in modalities:
-        if tokenizers[name].positions["type"] == "rotary":
+        kind = tokenizers[name].positions["type"]
+        if kind in ("rotary", "relative"):
             raise M3Error(
-                f"`translate` adds positions to what it reads, so `{name}` can't have rotary ones; use sincos."
+                f"`translate` adds positions to what it reads, so `{name}` can't have {kind} ones; use sincos."
             )
     if tokenizers[modalities[0]].tower.norm == "post":
         raise M3Error("the decoder of `translate` has its norms before the branches; set backbone.norm=pre.")

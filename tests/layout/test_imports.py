@@ -12,6 +12,7 @@ COMPOSING = {"model", "processor", "train", "check", "bench", "summary", "show",
 COMPOSING |= {"table", "inputs", "embed", "tokenizer_model", "data.commands", "testing.modality"}
 COMPOSING |= {
     "held_out",
+    "measure",
     "initialise",
     "convert",
     "bench_data",

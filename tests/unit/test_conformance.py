@@ -100,6 +100,12 @@ def test_positions_keep_their_contract(kind: str, counts: tuple[int, ...]) -> No
         with pytest.raises(M3Error, match=r"^separable positions need a grid of two or three axes; use `learned` "):
             check_positions({"type": kind}, counts)
         return
+    if kind == "relative":  # the one kind that embeds nothing
+        with pytest.raises(
+            M3Error, match=r"^positions `relative` add nothing, so .* set relative_bias of the backbone"
+        ):
+            check_positions({"type": kind}, counts)
+        return
     check_positions({"type": kind}, counts)
 
 
@@ -170,7 +176,12 @@ def test_objectives_keep_their_contract(kind: str) -> None:
     elif kind == "translate":
         settings |= {"masking": {"type": "fixed", "visible": 0.5}}
         names = ("semantic_map",)
+    elif kind == "classify":
+        settings |= {"smoothing": 0.1}
+        names = ("image", "label")
     tokenizer = {"type": "embedding"} if kind == "translate" else {"type": "patch", "size": 8}
     modalities = {name: {**modality_settings(name), "tokenizer": tokenizer} for name in names}
+    if kind == "classify":
+        modalities["label"]["tokenizer"] = {"type": "label"}
     backbone = {"final_norm": False} if kind == "align" else None
     check_objective(settings, modalities, {name: samples_of(name) for name in names}, backbone)

@@ -10,7 +10,7 @@ from m3.check import shrink
 from m3.cli import main
 from m3.plugins import View
 from m3.recipe import load_recipe
-from m3.table import hides, seconds
+from m3.table import hides
 from m3.train import train
 
 
@@ -26,17 +26,6 @@ from m3.train import train
 )
 def test_a_view_says_what_it_hides(masking, words):
     assert hides(View(("image", "text"), json.dumps(masking))) == words
-
-
-def test_training_time_is_that_between_lines_of_metrics():
-    recipe = load_recipe("mae_tiny", ["train.batch_size=20"])
-    lines = [
-        {"step": 1, "lr": 0.1},
-        {"step": 11, "lr": 0.1, "samples_per_second": 100.0},
-        {"step": 11, "held_out/x": 1.0},
-        {"step": 21, "lr": 0.1, "samples_per_second": 50.0},
-    ]
-    assert seconds(lines, recipe) == pytest.approx(2.0 + 4.0)
 
 
 def test_a_finished_run_is_a_line(tmp_path, capsys):

@@ -18,9 +18,10 @@ class Folder(Source):
 
     With one modality its files may also lie in the root itself, at any depth.
     `root/train` and `root/val` are used as the two splits when both exist; otherwise `held_out` samples (at most
-    a tenth), chosen by a hash of their id, are held out. The root may also be a manifest (.csv or .jsonl), whose
-    columns are modalities, `id`, `label` or `label:NAME` and `split` (train, held_out or val); an empty value says
-    that the sample lacks it.
+    a tenth), chosen by a hash of their id, are held out. Where all ids begin with a folder, its number among those of
+    the training samples, in alphabetical order, is the label `label` (root/train/<class>/...). The root may also be a
+    manifest (.csv or .jsonl), whose columns are modalities, `id`, `label` or `label:NAME` and `split` (train, held_out
+    or val); an empty value says that the sample lacks it.
     """
 
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
@@ -78,6 +79,10 @@ class Folder(Source):
         counts = {name: sum(name in row.values for row in self.rows) for name in self.modalities}
         return {name: count / max(1, len(self.rows)) for name, count in counts.items()}
 
+    def known_labels(self, name: str) -> list[int | None]:
+        """Look them up; no file is opened."""
+        return [row.labels.get(name) for row in self.rows]
+
     def lengths(self, name: str) -> list[int]:
         """Ask for the sizes of files; none is opened. One that does not exist is reported when it is read."""
         return [_bytes(row.values.get(name, "")) for row in self.rows]
@@ -90,8 +95,9 @@ class Folder(Source):
     def _folders(self) -> list[Row]:
         """List the files of both splits where each has its folder, else of all samples."""
         if not ((self.root / "train").is_dir() and (self.root / "val").is_dir()):
-            return self._rows(self.root, None)
-        return self._rows(self.root / ("train" if self.split == "train" else "val"), self.split)
+            return _labelled(rows := self._rows(self.root, None), rows)
+        train = self._rows(self.root / "train", self.split)
+        return _labelled(train if self.split == "train" else self._rows(self.root / "val", self.split), train)
 
     def _rows(self, root: Path, split: str | None) -> list[Row]:
         files = {name: _files(root, name, part, len(self.modalities) == 1) for name, part in self.modalities.items()}
@@ -106,6 +112,16 @@ class Folder(Source):
     def _no_file(self, row: Row, name: str) -> M3Error:
         where = f"{self.root}, line {row.line}: " if row.line else ""
         return M3Error(f"{where}there is no file {row.values[name]} for `{name}`; correct the path or add the file.")
+
+
+def _labelled(rows: list[Row], train: list[Row]) -> list[Row]:
+    """Give rows the number of their class's folder among those of the training samples, if all of these have one."""
+    folders = sorted({row.id.partition("/")[0] if "/" in row.id else "" for row in train})
+    if "" in folders:
+        return rows
+    numbers = {folder: number for number, folder in enumerate(folders)}
+    classes = [numbers.get(row.id.partition("/")[0]) for row in rows]
+    return [row if k is None else row._replace(labels={"label": k}) for row, k in zip(rows, classes, strict=True)]
 
 
 def _bytes(value: Path | str) -> int:

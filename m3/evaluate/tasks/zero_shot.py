@@ -5,7 +5,7 @@ Letters: B batch, K classes, T templates, E width of the shared space.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -29,16 +29,17 @@ class ZeroShot(Task):
 
         Attributes:
             label: name of the label that the data give.
-            classes: what sentences call its classes, in the order of their numbers.
-            templates: sentences with `{}` where the class stands.
+            classes: what sentences call its classes, in the order of their numbers; `imagenet`: open_clip's 1000 names.
+            templates: sentences with `{}` where the class stands; `openai` (80) or `simple` (7): those that open_clip
+                holds for ImageNet.
             of: side that is named.
             text: side that reads the sentences, a modality of type `text`.
             objective: name of the contrastive objective; the first one if left out.
         """
 
         label: str
-        classes: tuple[str, ...] = Field(min_length=2)
-        templates: tuple[str, ...] = Field(default=("{}",), min_length=1)
+        classes: Literal["imagenet"] | Annotated[tuple[str, ...], Field(min_length=2)]
+        templates: Literal["openai", "simple"] | Annotated[tuple[str, ...], Field(min_length=1)] = ("{}",)
         of: str = "image"
         text: str = "text"
         objective: str | None = None
@@ -50,7 +51,8 @@ class ZeroShot(Task):
         for side in (spec.of, spec.text):
             if side not in views:
                 raise M3Error(f"{where}: there is no side `{side}` in the contrast.{nearest(side, views)}")
-        if wrong := next((text for text in spec.templates if "{}" not in text), None):
+        self.class_names, self.templates = classes_of(spec.classes), templates_of(spec.templates)
+        if wrong := next((text for text in self.templates if "{}" not in text), None):
             raise M3Error(f"{where}.templates: `{wrong}` has no place for the class; write {{}} where it stands.")
         (self.modality,) = views[spec.text].modalities[:1]
         self.processor = M3Processor(model.config.modalities)
@@ -79,11 +81,32 @@ class ZeroShot(Task):
             return []
         majority = float(truths.bincount().max() / len(truths))
         share = float((guesses == truths).float().mean())
-        return [Row(self.name, f"accuracy of {len(self.spec.classes)}", share, majority, "majority", True)]
+        return [Row(self.name, f"accuracy of {len(self.class_names)}", share, majority, "majority", True)]
 
     def _class_vectors(self) -> Tensor:
         """Return (K, E) unit vectors: the mean over templates, on the sphere again."""
-        sentences = [template.replace("{}", name) for name in self.spec.classes for template in self.spec.templates]
+        sentences = [template.replace("{}", name) for name in self.class_names for template in self.templates]
         inputs: dict[str, Any] = {self.modality: sentences}
         vectors = self.model.embed(self.processor(**inputs), self.spec.objective)[self.spec.text]
-        return F.normalize(vectors.unflatten(0, (len(self.spec.classes), -1)).mean(1), dim=-1)
+        return F.normalize(vectors.unflatten(0, (len(self.class_names), -1)).mean(1), dim=-1)
+
+
+def classes_of(classes: tuple[str, ...] | Literal["imagenet"]) -> tuple[str, ...]:
+    """Return the names of classes, those of ImageNet as open_clip tells them apart (two cranes, two maillots)."""
+    return tuple(_open_clip().IMAGENET_CLASSNAMES) if classes == "imagenet" else tuple(classes)
+
+
+def templates_of(templates: tuple[str, ...] | Literal["openai", "simple"]) -> tuple[str, ...]:
+    """Return sentences with `{}` where the class stands."""
+    if not isinstance(templates, str):
+        return templates
+    held = {"openai": "OPENAI_IMAGENET_TEMPLATES", "simple": "SIMPLE_IMAGENET_TEMPLATES"}[templates]
+    return tuple(template("{}") for template in getattr(_open_clip(), held))
+
+
+def _open_clip() -> Any:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise M3Error("ImageNet's names and templates come from open_clip: pip install open-clip-torch.") from error
+    return open_clip

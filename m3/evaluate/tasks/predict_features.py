@@ -1,0 +1,94 @@
+"""Predictions of hidden features (`latent` objectives) on held-out samples, beside the average feature of each place.
+
+Letters: B batch, N tokens of a modality, T targets, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m3.errors import M3Error, nearest
+from m3.evaluate.task import Row, Task
+from m3.model import M3Model
+from m3.network import Prepared
+from m3.objectives.latent import Latent
+from m3.plugins import Strict
+from m3.types import Batch
+
+
+class PredictFeatures(Task):
+    """The objective's own loss on held-out samples, with its own masks.
+
+    The baseline predicts at every place the mean of the teacher's features there over training samples: it knows where,
+    and not what. The teacher is the one in training; of a loaded model it is the model itself.
+    """
+
+    class Spec(Strict):
+        """Settings of `type: predict_features`.
+
+        Attributes:
+            objective: name of the `latent` objective; the first one if left out.
+        """
+
+        objective: str | None = None
+
+    def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
+        super().__init__(spec, name, model, seed)
+        found = {n: o for n, o in model.objectives.items() if isinstance(o, Latent)}
+        if not found or spec.objective not in (None, *found):
+            wanted = f" `{spec.objective}`" if spec.objective else ""
+            raise M3Error(
+                f"evaluate.tasks.{name}: the model has no objective of type `latent`{wanted}."
+                f"{nearest(spec.objective or '', found)}"
+            )
+        self.objective = found[spec.objective or next(iter(found))]
+        self._begin()
+
+    @property
+    def wants_training_samples(self) -> bool:
+        """True: the features change from evaluation to evaluation."""
+        return True
+
+    @torch.no_grad()
+    def fit(self, batch: Batch) -> None:
+        """Add up the features of each place."""
+        prepared = self._prepare(batch)
+        encoded = self.model.encode_views(prepared, [self.objective.teacher_view])[self.objective.teacher_view]
+        for name in self.objective.inputs:
+            tokens = prepared.tokens[name]
+            x = self.objective.features(encoded, name, tokens.count).double()
+            there = torch.ones(x.shape[:2], device=x.device) if tokens.is_valid is None else tokens.is_valid
+            sums, counts = (x * there.unsqueeze(-1)).sum(0), there.sum(0).unsqueeze(-1).double()
+            before = self._places.get(name)
+            self._places[name] = (sums, counts) if before is None else (before[0] + sums, before[1] + counts)
+
+    @torch.no_grad()
+    def add(self, batch: Batch) -> None:
+        """Add up the losses of the model and of the baseline."""
+        prepared, part = self._prepare(batch), self.objective
+        means = {name: (sums / counts.clamp(min=1)).float() for name, (sums, counts) in self._places.items()}
+        encoded = self.model.encode_views(prepared, part.views)
+        for name, index, guess, answer, is_target in part.predictions(encoded, prepared.tokens):
+            for who, values in (("model", guess), ("average map", means[name][index])):
+                self._sums[who] = self._sums[who] + torch.stack(part.loss(values, answer, is_target)).double()
+
+    def rows(self) -> list[Row]:
+        """Return one row."""
+        sums = self._sums
+        self._begin()
+        own, theirs = (x if isinstance(x, Tensor) else torch.zeros(2) for x in (sums["model"], sums["average map"]))
+        if not own[1]:
+            return []
+        kind = self.objective.spec.loss.replace("_", " ")
+        figures = (float(own[0] / own[1]), float(theirs[0] / theirs[1]))
+        return [Row(self.name, f"{kind} of features", *figures, "average_map", higher_is_better=False)]
+
+    def _prepare(self, batch: Batch) -> Prepared:
+        return self.model.prepare(batch, self.seed)
+
+    def _begin(self) -> None:
+        self._places: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[str, Any] = {"model": 0.0, "average map": 0.0}

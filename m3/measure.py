@@ -1,0 +1,117 @@
+"""`m3 eval`: measure a trained model on held-out samples, of its own data or of others, and write a report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from m3.data.loader import Samples
+from m3.data.source import open_source
+from m3.errors import M3Error
+from m3.evaluate.task import Row, build_tasks
+from m3.held_out import HeldOut
+from m3.inputs import open_model
+from m3.model import M3Model
+from m3.progress import METRICS, Lines, Skipped
+from m3.recipe import Recipe, load_recipe, recipe_from, with_overrides
+from m3.report import Report
+from m3.show import metrics_table
+
+OURS = ("data", "evaluate", "seed")
+"""Sections of a recipe that measuring may change; the rest belongs to the model."""
+AS_THEY_ARE = {"augment": {}, "mixup": None, "crop": None, "flip": 0.0, "drop": 0.0, "repeats": 1, "bucket": None}
+"""What training does to samples and probes should not see."""
+
+
+def measure(path: str, overrides: list[str], tasks: list[str], data: str | None, out: Path | None) -> list[Row]:
+    """Measure a model, print the table and write `report.html` and `report.json`.
+
+    Args:
+        path: folder of a model or of its run, or Hub id.
+        overrides: `a.b=c`, changes to the recipe's `data`, `evaluate` and `seed`.
+        tasks: `TYPE` or `TYPE:LABEL` each, instead of the recipe's tasks.
+        data: `world`, `digits` or another source, or a folder or manifest; None: what the model was trained on.
+        out: folder of the report; None: `eval` in the model's folder.
+
+    Raises:
+        M3Error: no such model, a task or data that don't suit it, or nothing held out.
+    """
+    console = Console()
+    model, _ = open_model(path)
+    recipe = _recipe(Path(path), model, overrides, tasks, data)
+    parts = build_tasks(recipe.evaluate.tasks, model, recipe.seed)
+    if not parts:
+        raise M3Error("eval: nothing to measure; give e.g. --task spread, or --task knn:LABEL.")
+    source, held_out = (
+        open_source(recipe.data, model.modalities, recipe.seed, split) for split in ("train", "held_out")
+    )
+    if not len(held_out):
+        raise M3Error(
+            f"eval: no sample of {len(source)} is held out (at most a tenth is, by data.held_out); give more data or a "
+            f"manifest with a column `split`."
+        )
+    train = Samples(source, model.modalities, recipe.data.model_copy(update=AS_THEY_ARE), recipe.seed)
+    skipped = Skipped(console, "samples", len(source), recipe.data.max_unreadable)
+    folder = out or _home(Path(path)) / "eval"
+    measuring = HeldOut(recipe, model, parts, train, held_out, skipped, console, Lines(folder / METRICS, console))
+    rows = measuring.measure()
+    assert rows, "held-out samples and tasks give rows"
+    console.print(metrics_table(rows))
+    facts = {
+        "model": path,
+        "data": f"{recipe.data.source} {recipe.data.root or ''}".strip(),
+        "samples": f"{min(len(held_out), recipe.evaluate.samples)} held out, "
+        f"{min(len(source), recipe.evaluate.fit_samples)} training samples to learn from",
+        "command": shlex.join(["m3", *sys.argv[1:]]),
+    }
+    settings = yaml.safe_dump(
+        recipe.model_dump(mode="json", include=set(OURS)), sort_keys=False, allow_unicode=True, width=110
+    )
+    report = Report(f"{_name(path)} on held-out samples", facts, rows, measuring.figures(), settings)
+    console.print(f"Report: {report.write(folder)}", highlight=False, soft_wrap=True)
+    return rows
+
+
+def _recipe(path: Path, model: M3Model, overrides: list[str], tasks: list[str], data: str | None) -> Recipe:
+    """Return the recipe that the model was trained by, with other data and tasks."""
+    if wrong := next((text for text in overrides if text.split("=")[0].split(".")[0] not in OURS), None):
+        raise M3Error(f"eval: `{wrong}` would change the model; only {', '.join(OURS)} can be set here.")
+    changes = []
+    if data is not None:
+        is_file = Path(data).exists()
+        changes += ["data.source=folder", f"data.root={data}"] if is_file else [f"data.source={data}", "data.root="]
+        changes += ["data.options={}"] if is_file or data != "world" else []
+    entries = dict(_task(text) for text in tasks)
+    for place in (path / "recipe.yaml", path / "model" / "recipe.yaml"):
+        if place.is_file():
+            found = load_recipe(place).model_dump(mode="json")
+            break
+    else:
+        found = {"name": path.name, "modalities": model.config.modalities, "train": {"steps": 1}}
+        found |= {"objectives": model.config.objectives or {"none": {}}}
+    if entries:
+        found["evaluate"] = {**found.get("evaluate", {}), "tasks": entries}
+    if data is not None:
+        found["data"] = {**found.get("data", {}), "options": {}, "root": None, "repeats": 1, "bucket": None}
+    return recipe_from(with_overrides(found, [*changes, *overrides]), str(path), default_name=path.name)
+
+
+def _task(text: str) -> tuple[str, dict[str, Any]]:
+    """Read `TYPE` or `TYPE:LABEL`."""
+    kind, _, label = text.partition(":")
+    return (f"{kind} of {label}", {"type": kind, "label": label}) if label else (kind, {"type": kind})
+
+
+def _home(path: Path) -> Path:
+    """Return the folder of a model or run; the working folder for one of the Hub."""
+    return path if path.is_dir() else Path()
+
+
+def _name(path: str) -> str:
+    name = Path(path).resolve().name
+    return Path(path).resolve().parent.name if name in ("model", "model_ema") else name
