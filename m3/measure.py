@@ -17,8 +17,9 @@ from m3.evaluate.task import Row, build_tasks
 from m3.held_out import HeldOut
 from m3.inputs import open_model
 from m3.model import M3Model
+from m3.overrides import with_overrides
 from m3.progress import METRICS, Lines, Skipped
-from m3.recipe import Recipe, load_recipe, recipe_from, with_overrides
+from m3.recipe import Recipe, load_recipe, recipe_from
 from m3.report import Report
 from m3.show import metrics_table
 

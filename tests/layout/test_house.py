@@ -30,6 +30,7 @@ ORDER = (
         "transport",
         "data.recording",
         "plugin_template",
+        "overrides",
     },
     {"plugins", "parts"},
     {
