@@ -5,7 +5,7 @@ BIN := .venv/bin
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 READY := .venv/.ready
 
-.PHONY: quickstart fourm test test-slow lint bench clean
+.PHONY: quickstart fourm test test-slow test-faults lint bench clean
 
 quickstart: $(READY)  ## set up, train the quick-start recipe, show what it learned
 	$(LAUNCH) -m m3.train recipes/quickstart.yaml
@@ -33,6 +33,10 @@ test: $(READY)  ## everything that must pass, in a few minutes
 
 test-slow: $(READY)  ## the tests that take minutes each
 	$(BIN)/python -m pytest -q -m slow
+
+test-faults: $(READY)  ## kill, starve and damage runs, let them go on, and count what is lost
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/memory.py
 
 lint: $(READY)  ## format, rules, types
 	$(BIN)/ruff format --check .

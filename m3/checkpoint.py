@@ -1,10 +1,14 @@
-"""Checkpoints on disk: written aside, then renamed, so that a folder with the right name is always whole."""
+"""Checkpoints on disk: written aside, then renamed, so that a folder with the right name is always whole.
+
+`state.json` has the size and checksum of every other file, so that one that was damaged later is found out.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +17,11 @@ from m3.errors import M3Error
 
 STATE = "state.json"
 CAN_OPEN_FOLDERS = os.name != "nt"
+BLOCK = 1 << 22
 WRITTEN = (
     "recipe.yaml",
     "metrics.jsonl",
+    "skipped.jsonl",
     "checkpoints",
     "model",
     "model_ema",
@@ -44,20 +50,21 @@ def write(
     Args:
         target: final folder.
         fill: writes everything into the folder it is given; called by every process.
-        state: small facts (step, shape of the model) written as JSON, by the main process.
+        state: small facts (step, shape of the model) written as JSON with the checksums, by the main process.
         is_main: this process makes and renames the folder.
         wait: returns when all processes have called it.
     """
-    aside = target.with_name(f".{target.name}.partial")
+    aside = partial(target)
     if is_main:
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
         aside.mkdir(parents=True)
     wait()
     fill(aside)
     wait()
     if is_main:
-        (aside / STATE).write_text(json.dumps(state, indent=2), encoding="utf-8")
-        for path in aside.rglob("*"):
+        files = {path.relative_to(aside).as_posix(): checksum(path) for path in _files(aside)}
+        (aside / STATE).write_text(json.dumps({**state, "files": files}, indent=2), encoding="utf-8")
+        for path in [*aside.rglob("*"), aside]:
             _flush(path)
         if target.exists():
             shutil.rmtree(target)
@@ -66,10 +73,76 @@ def write(
     wait()
 
 
+def partial(target: Path) -> Path:
+    """Return where a checkpoint lies while it is written or removed."""
+    return target.with_name(f".{target.name}.partial")
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder as far as that is possible: the disk it lies on may be what failed."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def checksum(path: Path) -> str:
+    """Return the size and CRC-32 of a file, e.g. `1024 bytes, crc32 0badcafe`."""
+    size = crc = 0
+    with path.open("rb") as file:
+        while block := file.read(BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return f"{size} bytes, crc32 {crc:08x}"
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a checkpoint, naming the file; None: it is as it was written."""
+    try:
+        files = read_state(checkpoint)["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{STATE} can't be read ({error!r})"
+    for name, written in files.items():
+        try:
+            found = checksum(checkpoint / name)
+        except OSError as error:
+            return f"{name} can't be read ({error.strerror})"
+        if found != written:
+            return f"{name} is damaged (written: {written}; found: {found})"
+    return None
+
+
+def whole_ones(run: Path) -> list[Path]:
+    """Return the checkpoints of a run that have a state, the newest first; their files may be damaged."""
+    return sorted((path for path in (run / "checkpoints").glob("step-*") if (path / STATE).is_file()), reverse=True)
+
+
 def newest(run: Path) -> Path | None:
-    """Return the newest whole checkpoint of a run."""
-    found = sorted(path for path in (run / "checkpoints").glob("step-*") if (path / STATE).is_file())
-    return found[-1] if found else None
+    """Return the newest checkpoint of a run."""
+    return next(iter(whole_ones(run)), None)
+
+
+def newest_undamaged(run: Path, report: Callable[[str], None]) -> Path | None:
+    """Return the newest checkpoint that is as it was written; None where there never was one.
+
+    A damaged one is moved to `damaged-NAME`, so that it neither counts nor is lost, and reported.
+
+    Raises:
+        M3Error: all are damaged.
+    """
+    found = whole_ones(run)
+    reasons = []
+    for path in found:
+        reason = damage(path)
+        if reason is None:
+            return path
+        aside = path.with_name(f"damaged-{path.name}")
+        remove(aside)
+        path.rename(aside)
+        reasons.append(f"{path}: {reason}")
+        report(f"{reasons[-1]}; it was moved to {aside.name}, and the checkpoint before it is tried")
+    if reasons:
+        raise M3Error(
+            f"no checkpoint of {run} is undamaged; of the newest, {reasons[0]}. Repair the disk or bring the folder "
+            f"back from a copy, or start anew without --resume."
+        )
+    return None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -77,10 +150,21 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
 
 
-def prune(run: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints and what an interrupted write left behind."""
+def prune(run: Path, keep: int, every: int | None = None, best: int | None = None) -> None:
+    """Remove old checkpoints and what an interrupted write left behind.
+
+    Args:
+        run: run folder.
+        keep: how many of the newest stay.
+        every: those of steps that are multiples of it stay too.
+        best: step of one more that stays.
+    """
     folder = run / "checkpoints"
-    for path in sorted(folder.glob("step-*"))[:-keep] + list(folder.glob(".step-*.partial")):
+    for path in sorted(folder.glob("step-*"))[:-keep]:
+        step = int(path.name.removeprefix("step-"))
+        if step != best and not (every and step % every == 0):
+            path.rename(partial(path))  # a name that tells a half removed one from a whole one
+    for path in folder.glob(".step-*.partial"):
         shutil.rmtree(path)
 
 
@@ -142,6 +226,10 @@ def _first_difference(saved: Any, wanted: Any, path: str) -> str | None:
                 return difference
         return None
     return None if saved == wanted else f"`{path}` is {saved!r} there and {wanted!r} here"
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _flush(path: Path) -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 from m3 import plugin_commands
 from m3.data import commands as data_commands
 from m3.errors import M3Error
+from m3.preemption import EXIT_CODE, Preempted
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; a mistake of the user ends with one sentence and exit code 2."""
+    """Run a command; a mistake of the user ends with one sentence and exit code 2, a run asked to stop with 75."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # argparse takes no more positional arguments after an option: collect the overrides that follow one.
@@ -29,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     except M3Error as error:
         print(f"m3 {options.command}: {error}", file=sys.stderr)
         return 2
+    except Preempted as stopped:
+        print(f"m3 {options.command}: {stopped}", file=sys.stderr)
+        return EXIT_CODE
 
 
 def _parser() -> argparse.ArgumentParser:

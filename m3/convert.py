@@ -36,10 +36,10 @@ from m3.foreign.format import Format
 from m3.foreign.rows import Row, read_rows, write_rows
 from m3.model import M3Model
 from m3.network import resolved
+from m3.overrides import with_overrides
 from m3.parts import class_name
 from m3.processor import M3Processor
 from m3.progress import no_progress_bars
-from m3.recipe import with_overrides
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,16 @@ class Average:
         self.weights = [p.detach().float().clone() for p in model.parameters()]
 
     @torch.no_grad()
-    def update(self, model: nn.Module, decay: float | None = None) -> None:
-        """Take in the model's current weights; `decay` None: the one it was made with."""
-        share = 1 - (self.decay if decay is None else decay)
+    def update(self, model: nn.Module, decay: float | None = None, is_taken: Tensor | None = None) -> None:
+        """Take in the model's current weights.
+
+        Args:
+            model: whose weights.
+            decay: of this update; None: the one it was made with.
+            is_taken: () float on the model's device; 0: leave the average as it is.
+        """
+        share: float | Tensor = 1 - (self.decay if decay is None else decay)
+        share = share if is_taken is None else is_taken * share
         for own, parameter in zip(self.weights, model.parameters(), strict=True):
             own.lerp_(parameter.detach().float(), share)
 

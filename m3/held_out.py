@@ -16,7 +16,7 @@ from m3.evaluate.tasks.predict import predictors
 from m3.metrics import duration, read_lines
 from m3.model import M3Model
 from m3.plot import plot
-from m3.progress import BASELINE, HELD_OUT, Skipped, append
+from m3.progress import BASELINE, HELD_OUT, Lines, Skipped
 from m3.recipe import Recipe, dump_recipe
 from m3.report import Report
 from m3.show import count_parameters, metrics_table, preview
@@ -39,6 +39,7 @@ class HeldOut:
         source: Source,
         skipped: Skipped,
         console: Console,
+        metrics: Lines,
     ) -> None:
         """Keep what every evaluation needs.
 
@@ -50,7 +51,9 @@ class HeldOut:
             source: the held-out split.
             skipped: counter of unreadable training samples.
             console: where to say what is missing.
+            metrics: where a line is written after each.
         """
+        self.metrics = metrics
         self.recipe, self.model, self.tasks = recipe, model, tasks
         self.train, self.train_skipped = train, skipped
         self.samples, self.skipped = train, skipped
@@ -66,21 +69,27 @@ class HeldOut:
             soft_wrap=True,
         )
 
-    def evaluate(self, step: int, picture: Path) -> list[Row]:
-        """Measure the recipe's tasks, append a line of metrics and draw the picture; runs in one process."""
-        run, spec, seed = self.recipe.folder, self.recipe.evaluate, self.recipe.seed
+    def evaluate(self, step: int, picture: str | None = None) -> list[Row]:
+        """Measure the recipe's tasks, append a line of metrics and draw the picture; runs in one process.
+
+        Args:
+            step: steps that are done.
+            picture: its name in the run folder; None: after the step, in `previews`.
+        """
+        spec, seed = self.recipe.evaluate, self.recipe.seed
         self.model.eval()
         rows = self.measure()
         if rows:
             line: dict[str, float] = {"step": step}
             for row in rows:
                 line |= {f"{HELD_OUT}{row.task}": row.model, f"{BASELINE}{row.task}": row.baseline}
-            append(run, line)
+            self.metrics.append(line)
         if self.has_picture:
             shown = [task["visible"] for task in spec.tasks.values() if task.get("visible")]
             views = {"masked": None} | {f"from {', '.join(visible)}": visible for visible in shown}
             batch = self.skipped.count(next(first_batches(self.samples, spec.preview_rows, spec.preview_rows)))
-            preview(self.model, batch.to(self.model.device), views, picture, seed)
+            file = self.recipe.folder / (picture or f"previews/step-{step:08d}.png")
+            preview(self.model, batch.to(self.model.device), views, file, seed)
         self.model.train()
         return rows
 

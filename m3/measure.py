@@ -17,13 +17,16 @@ from m3.evaluate.task import Row, build_tasks
 from m3.held_out import HeldOut
 from m3.inputs import open_model
 from m3.model import M3Model
-from m3.progress import Skipped
-from m3.recipe import Recipe, load_recipe, recipe_from, with_overrides
+from m3.overrides import with_overrides
+from m3.progress import METRICS, Lines, Skipped
+from m3.recipe import Recipe, load_recipe, recipe_from
 from m3.report import Report
 from m3.show import metrics_table
 
 OURS = ("data", "evaluate", "seed")
 """Sections of a recipe that measuring may change; the rest belongs to the model."""
+AS_THEY_ARE = {"augment": {}, "mixup": None, "crop": None, "flip": 0.0, "drop": 0.0, "repeats": 1, "bucket": None}
+"""What training does to samples and probes should not see."""
 
 
 def measure(path: str, overrides: list[str], tasks: list[str], data: str | None, out: Path | None) -> list[Row]:
@@ -53,13 +56,13 @@ def measure(path: str, overrides: list[str], tasks: list[str], data: str | None,
             f"eval: no sample of {len(source)} is held out (at most a tenth is, by data.held_out); give more data or a "
             f"manifest with a column `split`."
         )
-    train = Samples(source, model.modalities, recipe.data.model_copy(update={"augment": {}}), recipe.seed)
+    train = Samples(source, model.modalities, recipe.data.model_copy(update=AS_THEY_ARE), recipe.seed)
     skipped = Skipped(console, "samples", len(source), recipe.data.max_unreadable)
-    measuring = HeldOut(recipe, model, parts, train, held_out, skipped, console)
+    folder = out or _home(Path(path)) / "eval"
+    measuring = HeldOut(recipe, model, parts, train, held_out, skipped, console, Lines(folder / METRICS, console))
     rows = measuring.measure()
     assert rows, "held-out samples and tasks give rows"
     console.print(metrics_table(rows))
-    folder = out or _home(Path(path)) / "eval"
     facts = {
         "model": path,
         "data": f"{recipe.data.source} {recipe.data.root or ''}".strip(),

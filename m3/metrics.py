@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from m3.errors import M3Error
-from m3.progress import BASELINE, HELD_OUT
+from m3.progress import BASELINE, HELD_OUT, read_json_lines
 
 NO_LOSS = frozenset(
     ("step", "lr", "gradient_norm", "samples_per_second", "data_wait", "seconds", "skipped", "padding", "utilisation")
@@ -49,15 +48,8 @@ def read_lines(run: Path) -> list[Line]:
     file = run / "metrics.jsonl"
     if not file.is_file():
         raise M3Error(f"{run} is no folder of a run: it has no metrics.jsonl; give e.g. runs/quickstart.")
-    text = file.read_text(encoding="utf-8")
-    seconds, lines, rows = 0.0, [], text.splitlines()
-    if text and not text.endswith("\n"):
-        rows.pop()
-    for number, row in enumerate(rows, 1):
-        try:
-            entry: dict[str, Any] = json.loads(row)
-        except ValueError as error:
-            raise M3Error(f"{file}, line {number}: no JSON ({error}); delete the line.") from error
+    seconds, lines = 0.0, []
+    for entry in read_json_lines(file):
         seconds += entry.get("seconds", 0.0)
         lines.append(_line(entry, seconds))
     return lines

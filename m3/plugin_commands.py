@@ -140,7 +140,7 @@ def check_plugin(name: str, overrides: list[str] | tuple[str, ...] = ()) -> None
 def _check(kind: str, name: str, overrides: list[str] | tuple[str, ...]) -> str:
     """Check one part and return what it was checked with."""
     from m3 import testing
-    from m3.recipe import with_overrides
+    from m3.overrides import with_overrides
 
     settings = with_overrides({"type": name}, overrides)
     if kind == "scorers":

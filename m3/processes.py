@@ -1,13 +1,17 @@
-"""Rows of all processes, as plain numbers.
+"""Rows of all processes, as plain numbers, and what they tell each other.
 
 Letters: B samples of a process, W processes.
 """
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def world() -> int:
@@ -36,6 +40,23 @@ def gather(rows: dict[str, Tensor]) -> dict[str, Tensor]:
         dist.all_gather(parts, sent)
         result[name] = torch.cat(parts).to(x.dtype)
     return result
+
+
+def of_first(value: T) -> T:
+    """Return what the first process gave; every process must call it."""
+    held = [value]
+    if world() > 1:
+        dist.broadcast_object_list(held, src=0)
+    return held[0]
+
+
+def gathered(value: T) -> list[T] | None:
+    """Return what every process gave, in their order, at the first process, None at the others; all must call it."""
+    if world() == 1:
+        return [value]
+    held: list[T] | None = [value] * world() if rank() == 0 else None
+    dist.gather_object(value, held)
+    return held
 
 
 def concatenate(pieces: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from transformers.utils import logging
 from m3.errors import M3Error
 from m3.types import Batch
 
+METRICS, SKIPPED = "metrics.jsonl", "skipped.jsonl"
 HELD_OUT = "held_out/"
 """What the names of measures on held-out samples begin with in `metrics.jsonl`."""
 BASELINE = "baseline/"
@@ -45,6 +48,14 @@ class Skipped:
                 f"{self.limit} allows; the first: {next(iter(self.messages))}. Repair the data or raise the limit."
             )
         return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was counted, for a checkpoint."""
+        return {"seen": self.seen, "messages": list(self.messages)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on counting from a checkpoint."""
+        self.seen, self.messages = state["seen"], dict.fromkeys(state["messages"])
 
     def report(self) -> None:
         """Say at the end of a run how many were skipped."""
@@ -78,10 +89,12 @@ class Clock:
     def line(self, step: int, values: dict[str, float], lr: float, norm: float, skipped: int) -> dict[str, Any]:
         """Make one line of metrics for the steps since the last one; the first step of a run has no speed.
 
-        `seconds` are those of training alone; summed up over the lines of a run they are its time.
+        Values that are not finite are left out: JSON has none, and the step was skipped. `seconds` are those of
+        training alone; summed up over the lines of a run they are its time.
         """
         seconds, steps = time.perf_counter() - self.since, step - self.step
-        line = {"step": step, **values, "lr": lr, "gradient_norm": norm}
+        measured = {**values, "lr": lr, "gradient_norm": norm}
+        line: dict[str, Any] = {"step": step, **{key: x for key, x in measured.items() if math.isfinite(x)}}
         if steps:
             line |= {"samples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
             line["seconds"] = seconds
@@ -94,11 +107,6 @@ def means(names: list[str], sums: Tensor, counts: Tensor) -> dict[str, float]:
     """Return the mean of every part in which anything counted."""
     known = zip(names, (sums / counts.clamp(min=1)).tolist(), counts.tolist(), strict=True)
     return {name: value for name, value, count in known if count}
-
-
-def are_finite(values: dict[str, float]) -> bool:
-    """Return True when no value is infinite or NaN."""
-    return all(map(math.isfinite, values.values()))
 
 
 def not_finite(step: int, what: str, newest: Path | None) -> M3Error:
@@ -116,24 +124,88 @@ def not_finite(step: int, what: str, newest: Path | None) -> M3Error:
     )
 
 
-def append(run: Path, line: dict[str, Any]) -> None:
-    """Append a line to the `metrics.jsonl` of a run."""
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+class Lines:
+    """A file of JSON lines. Those that the disk does not take wait and are written with the next ones."""
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self.path, self.console = path, console
+        self.waiting: list[str] = []
+        self.has_warned = False
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Append a line."""
+        self.waiting.append(json.dumps(line) + "\n")
+        try:
+            self._write()
+        except OSError as error:
+            if not self.has_warned:
+                self.console.print(
+                    f"[red]{self.path} can't be written[/]: {error.strerror}; training goes on and its lines are kept "
+                    f"for later. Make room.",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+            self.has_warned = True
+
+    def sync(self) -> None:
+        """Force all lines to disk, before something that relies on them.
+
+        Raises:
+            OSError: some still wait for room.
+        """
+        if self.waiting:
+            raise OSError(errno.ENOSPC, f"{len(self.waiting)} lines wait for room", str(self.path))
+        if self.path.is_file():
+            with self.path.open("rb+") as file:
+                os.fsync(file.fileno())
+
+    def _write(self) -> None:
+        size = self.path.stat().st_size if self.path.is_file() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(self.waiting)
+        except OSError:
+            if self.path.is_file():
+                os.truncate(self.path, size)  # half a line may have been written
+            raise
+        self.waiting = []
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the JSON lines of a file, [] where there is none; a last one that was cut off in writing is left out.
+
+    Raises:
+        M3Error: another line is damaged.
+    """
+    if not path.is_file():
+        return []
+    texts = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    if texts and not texts[-1].endswith("\n"):
+        texts.pop()
+    lines = []
+    for number, text in enumerate(texts, 1):
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise M3Error(f"{path}: line {number} is no JSON ({error}); remove it.") from error
+    return lines
 
 
 def cut(run: Path, start: int, is_finished: bool) -> None:
-    """Drop the lines of metrics that a run will write again.
+    """Drop the lines of metrics and of skipped steps that a run will write again.
 
     Args:
         run: run folder.
         start: step that the run continues at.
         is_finished: no step is left, only the final measuring, whose line is then written again.
     """
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    kept = [line for line in lines if _is_kept(json.loads(line), start, is_finished)] if start else []
-    metrics.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    for name in (METRICS, SKIPPED):
+        path = run / name
+        kept = [line for line in read_json_lines(path) if _is_kept(line, start, is_finished)] if start else []
+        if path.is_file() or name == METRICS:
+            aside = path.with_name(f".{name}.partial")  # a kill between emptying and filling would lose all lines
+            aside.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            os.replace(aside, path)
 
 
 def _is_kept(line: dict[str, Any], start: int, is_finished: bool) -> bool:

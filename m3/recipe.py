@@ -23,6 +23,7 @@ from pydantic import (
 
 from m3.backbone import BackboneSpec, TowerSpec
 from m3.errors import M3Error, explain, nearest
+from m3.overrides import NoDuplicates, merge, with_overrides
 from m3.plugins import Strict
 
 PACKAGED = Path(__file__).parent / "recipes"
@@ -184,7 +185,16 @@ class TrainSpec(Strict):
             the model as `model_ema` and is the teacher of objectives that learn from one (`latent`).
         log_every: steps between two lines of metrics.
         save_every: steps between two checkpoints; null: ten in a run.
-        keep: checkpoints that are kept.
+        keep: newest checkpoints that are kept.
+        keep_every: checkpoints of the steps that are multiples of it are written and never removed; null: none.
+        keep_best: name of what is measured on held-out samples (`evaluate.tasks`); a checkpoint is written whenever it
+            is better than ever after `evaluate.every` steps, and the best one is kept; null: none.
+        save_in_background: training only waits until a checkpoint is copied in memory, not until it is written.
+        on_save_error: a checkpoint that can't be written, e.g. because the disk is full, is a warning (`warn`) or ends
+            the run (`stop`); at the end of the run it is an error.
+        max_skipped: steps in a row that may be skipped because their loss or gradient is not finite.
+        timeout: seconds after which a process or a loader of data that does not answer counts as dead; processes wait
+            that long for one that measures or saves.
         trackers: Accelerate's trackers by name, e.g. tensorboard, wandb.
     """
 
@@ -213,6 +223,12 @@ class TrainSpec(Strict):
     log_every: PositiveInt = 10
     save_every: PositiveInt | None = None
     keep: PositiveInt = 2
+    keep_every: PositiveInt | None = None
+    keep_best: str | None = None
+    save_in_background: bool = False
+    on_save_error: Literal["warn", "stop"] = "warn"
+    max_skipped: NonNegativeInt = 10
+    timeout: PositiveInt = 1800
     trackers: tuple[str, ...] = ("tensorboard",)
 
     @field_validator("ema", mode="before")
@@ -275,6 +291,12 @@ class Recipe(Strict):
     train: TrainSpec
     evaluate: EvaluateSpec = EvaluateSpec()
 
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        if self.train.keep_best and not self.evaluate.every:
+            raise ValueError("`train.keep_best` needs measures during the run; set `evaluate.every`")
+        return self
+
     @property
     def folder(self) -> Path:
         """The run folder."""
@@ -320,27 +342,11 @@ def find_recipe(source: str | Path) -> Path:
     )
 
 
-def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Put changes over a base: null removes a key, another `type` replaces the whole entry."""
-    if changes.get("type", base.get("type")) != base.get("type"):
-        base = {}
-    merged = dict(base)
-    for key, value in changes.items():
-        if value is None:
-            merged.pop(key, None)
-        elif isinstance(value, dict):
-            old = merged.get(key)
-            merged[key] = merge(old if isinstance(old, dict) else {}, value)
-        else:
-            merged[key] = value
-    return merged
-
-
 def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise M3Error(f"{path.name}: `base` leads back to itself; break the circle.")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoDuplicates)
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=NoDuplicates)
     except yaml.YAMLError as error:
         raise M3Error(f"{path.name}: not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(settings, dict):
@@ -352,33 +358,3 @@ def _read(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     parent = _read(beside if beside.is_file() else find_recipe(base), (*seen, path.resolve()))
     parent.pop("name", None)
     return merge(parent, settings)
-
-
-def with_overrides(settings: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """Put changes of the form `a.b=c`, with a value in YAML, over settings."""
-    for override in overrides:
-        path, sign, text = override.partition("=")
-        if not sign or not path:
-            raise M3Error(f"`{override}` is no override; write key.path=value, e.g. train.steps=1000.")
-        try:
-            value: Any = yaml.safe_load(text) if text else None
-        except yaml.YAMLError as error:
-            raise M3Error(f"`{override}`: the value is not readable as YAML; write it as in a recipe.") from error
-        *parents, last = path.split(".")
-        change: dict[str, Any] = {last: value}
-        for key in reversed(parents):
-            change = {key: change}
-        settings = merge(settings, change)
-    return settings
-
-
-class _NoDuplicates(yaml.SafeLoader):
-    """YAML takes the last of two equal keys without a word; a recipe must not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a mapping whose keys are all different."""
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]  # type: ignore[no-untyped-call]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key `{key}` stands twice{node.start_mark}")
-        return super().construct_mapping(node, deep)

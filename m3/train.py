@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, LoggerType, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, set_seed
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -32,18 +32,20 @@ from m3.data.stream import Place, StreamOrder, load_place
 from m3.ema import Average, teacher_of
 from m3.errors import M3Error, nearest
 from m3.evaluate.task import Row, build_tasks
+from m3.guard import Guard
 from m3.held_out import HeldOut
 from m3.initialise import load_weights
 from m3.machine import cores, use_bf16
 from m3.memory import compiled, keep_freed_memory
 from m3.model import M3Model
-from m3.monitors import Watch
+from m3.monitors import Health, Watch
 from m3.network import Prepared, resolved
 from m3.plugins import Pool
+from m3.preemption import Preempted, Preemption, explained
 from m3.processes import concatenate, gather
-from m3.processor import M3Processor
-from m3.progress import Clock, Skipped, append, are_finite, cut, means, no_progress_bars, not_finite
-from m3.recipe import Recipe, dump_recipe
+from m3.progress import METRICS, Clock, Lines, Skipped, cut, means
+from m3.recipe import Recipe, TrainSpec, dump_recipe
+from m3.saving import Parts, Saver, restore, save_model
 from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, momentum, plan_run, set_rates
 from m3.show import count_parameters
 from m3.types import Loss
@@ -71,6 +73,7 @@ def open_source(recipe: Recipe, model: M3Model, split: Split) -> Source:
     return open_data(recipe.data, model.modalities, recipe.seed, split)
 
 
+@explained
 def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[Row]:
     """Run a recipe to its end and return the final table of metrics.
 
@@ -78,23 +81,16 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
         recipe: what to do.
         resume: continue from the newest checkpoint of the run folder, if there is one.
         is_shown: print what is done and what came out.
+
+    Raises:
+        M3Error: the recipe does not fit the data or the machine, or something broke that the run can't go on without.
+        Preempted: a signal asked the run to stop, and it has saved itself.
     """
     # ---------------------------------------------------------------------------------------- processes
     spec, run = recipe.train, recipe.folder
-    check_trackers(spec.trackers)
-    AcceleratorState._reset_state()  # a second run in one Python process may want another precision
-    accelerator = Accelerator(
-        mixed_precision="bf16" if use_bf16(spec.precision) else "no",
-        log_with=list(spec.trackers) or None,
-        project_dir=str(run),
-        # A step of one drawn objective leaves the heads of the others without gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=bool(spec.mix))],
-    )
+    accelerator = open_processes(spec, run)
     console = Console(quiet=not (is_shown and accelerator.is_main_process))
     world, rank, device = accelerator.num_processes, accelerator.process_index, accelerator.device
-    if device.type == "cpu":  # `accelerate launch` leaves one thread to each process
-        keep_freed_memory()
-        torch.set_num_threads(spec.threads or max(1, cores() // world))
 
     # ----------------------------------------------------------------------------------- model and data
     raw_model = build_model(recipe)
@@ -104,7 +100,6 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     tasks = build_tasks(recipe.evaluate.tasks, raw_model, recipe.seed)
     source = open_source(recipe, raw_model, "train")
     samples = Samples(source, raw_model.modalities, recipe.data, recipe.seed)
-    buckets = buckets_of(source)
     length = None if source.stream else len(source)
     plan = plan_run(spec, length and length * recipe.data.repeats, world)  # an epoch is all samples in all their crops
     optimizer = make_optimizer(raw_model, spec)
@@ -116,26 +111,31 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     console.print(describe_coverage(source), highlight=False, soft_wrap=True)
     skipped = Skipped(console, "samples", length, recipe.data.max_unreadable)
     unseen = open_source(recipe, raw_model, "held_out")
-    held_out = HeldOut(recipe, raw_model, tasks, samples, unseen, skipped, console)
+    metrics = Lines(run / METRICS, console)
+    held_out = HeldOut(recipe, raw_model, tasks, samples, unseen, skipped, console, metrics)
 
     # ------------------------------------------------------------------------------------ where to start
     facts = facts_of(recipe, raw_model, plan, len(source))
-    start = restore(accelerator, run, raw_model, average, facts, console) if resume else 0
+    parts = Parts(raw_model, optimizer, average, skipped, metrics)
+    start = restore(accelerator, run, parts, facts, console) if resume else 0
     if accelerator.is_main_process:
         open_run(recipe, start, plan.steps, console)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     shares = (plan.micro_batch, plan.accumulation, rank, world)
-    order = Order(len(source), recipe.seed, *shares, start, plan.steps, recipe.data.repeats, buckets)
+    order = Order(len(source), recipe.seed, *shares, start, plan.steps, recipe.data.repeats, buckets_of(source))
     if source.stream:
         place = load_place(checkpoint.folder_of(run, start), rank, world) if start else Place()
         order = StreamOrder(source.stream, order, place)
-    batches = iter(train_loader(samples, order, recipe.data.workers))
-    clock, watch = Clock(start, spec.batch_size), Watch(console, plan.warmup)
+    batches = iter(train_loader(samples, order, recipe.data.workers, spec.timeout))
+    saver = Saver(accelerator, recipe, parts, order, facts, console)
+    guard = Guard(accelerator, raw_model, optimizer, spec.max_skipped, run, console)
+    clock, watch, health = Clock(start, spec.batch_size), Watch(console, plan.warmup), Health(console, plan.warmup)
 
     # ---------------------------------------------------------------------------------------- train loop
     network.train()
-    with tqdm(total=plan.steps, initial=start, desc=recipe.name, unit="step", disable=console.quiet) as bar:
+    bar = tqdm(total=plan.steps, initial=start, desc=recipe.name, unit="step", disable=console.quiet)
+    with bar, Preemption() as asked:
         for step in range(start, plan.steps):
             # The batches of the step first: the loss is divided by the counts of all of them, on all ranks.
             with clock.waiting():
@@ -144,46 +144,49 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             prepared = [raw_model.prepare(batch.to(device), active=active) for batch in micro_batches]
 
             set_rates(optimizer, step, spec, plan)
+            guard.begin()
             names, sums, counts, watched = gradients(accelerator, raw_model, network, prepared)
             norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
+            sums = add_over_processes(accelerator, torch.cat([sums, sums.new_full((1,), asked.is_asked)]))
+            guard.judge(step + 1, micro_batches, prepared, sums, norm)  # a step that is not finite changes nothing
             optimizer.step()
             optimizer.zero_grad()
             raw_model.after_step()
+            guard.undo()
             if average and spec.ema:
-                average.update(raw_model, momentum(step, spec.ema, plan.steps))
+                average.update(raw_model, momentum(step, spec.ema, plan.steps), guard.is_taken)
+            guard.settle()
             bar.update()
 
-            # -------------------------------------------------------------------- report, save, evaluate
+            # -------------------------------------------------------------------- report, evaluate, save
             done = step + 1
             if step == start:
                 clock.restart(done)
             if done % spec.log_every == 0 or done == plan.steps:
-                values = means(names, add_over_processes(accelerator, sums), counts)
-                if not are_finite(values):
-                    raise not_finite(done, f"the losses {values}", checkpoint.newest(run))
-                seen = values | watch(watched, done)
+                values = means(names, sums[:-1], counts)
+                seen = values | watch(watched, done) | guard.counted
                 line = clock.line(done, seen, learning_rate(step, plan), float(norm), len(skipped.messages))
                 accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
                 bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
                 if accelerator.is_main_process:
-                    append(run, line)
+                    metrics.append(line)
+                    health(line, values)
             reported = time.perf_counter()
-            if done % (spec.save_every or max(1, plan.steps // 10)) == 0 or done == plan.steps:
-                if not all(bool(p.isfinite().all()) for p in raw_model.parameters()):  # never over good ones
-                    raise not_finite(done, "the weights", checkpoint.newest(run))
-                save(accelerator, run, {"step": done, **facts}, average, spec.keep, order)
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
-                if accelerator.is_main_process:
-                    held_out.evaluate(done, run / "previews" / f"step-{done:08d}.png")
-                accelerator.wait_for_everyone()
+                saver.measured(held_out.evaluate(done) if accelerator.is_main_process else [], done)
+            if saver.is_due(done) or guard.is_stopping:
+                guard.settle(is_all=True, is_end=done == plan.steps)
+                saver.save(done, is_needed=done == plan.steps or guard.is_stopping)
             clock.leave_out(reported)
+            if guard.is_stopping:
+                raise Preempted(f"{recipe.name} was asked to stop and is saved at step {done}; go on with --resume.")
 
     # --------------------------------------------------------------------------------------------- finish
     rows: list[Row] = []
     if accelerator.is_main_process:
         raw_model.config.about = {"recipe": recipe.name, "steps": plan.steps}
         save_model(recipe, raw_model, average)
-        rows = held_out.evaluate(plan.steps, run / "preview.png")
+        rows = held_out.evaluate(plan.steps, "preview.png")
         held_out.conclude(rows, console)
     del model, network  # gloo can hang for ever when DDP is freed after its process group (pytorch issue 190489)
     accelerator.free_memory()
@@ -191,6 +194,26 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return rows
+
+
+def open_processes(spec: TrainSpec, run: Path) -> Accelerator:
+    """Join the processes of a run and set up what each computes with."""
+    check_trackers(spec.trackers)
+    AcceleratorState._reset_state()  # a second run in one Python process may want another precision
+    accelerator = Accelerator(
+        mixed_precision="bf16" if use_bf16(spec.precision) else "no",
+        log_with=list(spec.trackers) or None,
+        project_dir=str(run),
+        kwargs_handlers=[
+            # A step of one drawn objective leaves the heads of the others without gradient.
+            DistributedDataParallelKwargs(find_unused_parameters=bool(spec.mix)),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=spec.timeout)),
+        ],
+    )
+    if accelerator.device.type == "cpu":  # `accelerate launch` leaves one thread to each process
+        keep_freed_memory()
+        torch.set_num_threads(spec.threads or max(1, cores() // accelerator.num_processes))
+    return accelerator
 
 
 def check_trackers(names: tuple[str, ...]) -> None:
@@ -312,84 +335,6 @@ def open_run(recipe: Recipe, start: int, steps: int, console: Console) -> None:
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     cut(run, start, start == steps)
-
-
-def save(
-    accelerator: Accelerator,
-    run: Path,
-    state: dict[str, Any],
-    average: Average | None,
-    keep: int,
-    order: Order | StreamOrder,
-) -> None:
-    """Write a checkpoint of the step that `state` names; every process takes part."""
-
-    def fill(folder: Path) -> None:
-        accelerator.save_state(str(folder))
-        if average and accelerator.is_main_process:
-            save_file(average.state_dict(), folder / "ema.safetensors")
-        if isinstance(order, StreamOrder):
-            order.save(folder, state["step"])
-
-    target = checkpoint.folder_of(run, state["step"])
-    checkpoint.write(target, fill, state, accelerator.is_main_process, accelerator.wait_for_everyone)
-    if accelerator.is_main_process:
-        checkpoint.prune(run, keep)
-
-
-def restore(
-    accelerator: Accelerator,
-    run: Path,
-    model: M3Model,
-    average: Average | None,
-    facts: dict[str, Any],
-    console: Console,
-) -> int:
-    """Load the newest checkpoint of a run and return the step to continue with; 0 when there is none."""
-    found = checkpoint.newest(run)
-    if found is None:
-        console.print(f"--resume: {run} holds no checkpoint yet, so the run starts at step 0", soft_wrap=True)
-        return 0
-    state = checkpoint.read_state(found)
-    checkpoint.check_same_model(state["model"], facts["model"], found)
-    checkpoint.check_same_order(state.get("order", {}), facts["order"], found)
-    step, before, now = int(state["step"]), Plan(**state["plan"]), Plan(**facts["plan"])
-    if step > now.steps:
-        raise M3Error(
-            f"{found} is past the {now.steps} steps of this run; raise train.steps or start without --resume."
-        )
-    accelerator.load_state(str(found))
-    if average:
-        path = found / "ema.safetensors"
-        if not path.is_file():
-            raise M3Error(f"{found} holds no averaged weights, but train.ema is set; remove train.ema or start anew.")
-        average.load_state_dict(load_file(path, device=str(model.device)))
-    console.print(
-        f"resuming at step {step} of {now.steps}" if step < now.steps else f"all {step} steps are done already"
-    )
-    if learning_rate(step, before) != learning_rate(step, now):
-        console.print(
-            f"[yellow]the learning rate follows another curve[/] than in the first {step} steps (planned for "
-            f"{before.steps}): it jumps from {learning_rate(step, before):.3g} to {learning_rate(step, now):.3g}",
-            soft_wrap=True,
-        )
-    return step
-
-
-def save_model(recipe: Recipe, model: M3Model, average: Average | None) -> None:
-    """Write the model, and the one of averaged weights, as `from_pretrained` reads them."""
-    processor = M3Processor(model.config.modalities)
-    copies = {"model": None} if average is None else {"model": None, "model_ema": average}
-    for name, weights in copies.items():
-        folder = recipe.folder / name
-        if weights:
-            weights.swap(model)
-        with no_progress_bars():
-            model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        if weights:
-            weights.swap(model)
 
 
 if __name__ == "__main__":

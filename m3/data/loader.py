@@ -23,6 +23,7 @@ from m3.data.mixup import Mixup
 from m3.data.source import Drawn, Sample, Source, check_labels, with_labels
 from m3.errors import M3Error, nearest
 from m3.plugins import Crop, Modality
+from m3.preemption import spare_worker
 from m3.random import stream_number
 from m3.recipe import DataSpec
 from m3.types import Batch
@@ -310,8 +311,14 @@ def shuffled(length: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(length, generator=generator)
 
 
-def train_loader(samples: Samples, order: Iterable[Any], workers: int) -> Iterator[Batch]:
+def train_loader(samples: Samples, order: Iterable[Any], workers: int, timeout: float = 0) -> Iterator[Batch]:
     """Yield the micro-batches of one process.
+
+    Args:
+        samples: read one by one.
+        order: which of them, when.
+        workers: processes that load; 0: this one.
+        timeout: seconds after which workers that deliver nothing count as dead; 0: never.
 
     Raises:
         M3Error: too many samples in a row can't be read, or they don't fit together.
@@ -323,6 +330,9 @@ def train_loader(samples: Samples, order: Iterable[Any], workers: int) -> Iterat
         collate_fn=_as_it_is,
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
+        timeout=timeout if workers else 0,
+        worker_init_fn=spare_worker,
+        generator=torch.Generator().manual_seed(samples.seed),  # else starting it draws from the run's random numbers
     )
     for batch in loader:
         if isinstance(batch, M3Error):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,11 +73,10 @@ class StreamOrder:
                     self.places[step + 1] = drawn[-1][0]
                 yield _packed([row for _, row in drawn], first + turn * order.micro_batch)
 
-    def save(self, folder: Path, step: int) -> None:
-        """Write where step `step` begins for this process into a checkpoint."""
+    def state(self, step: int) -> dict[str, Any]:
+        """Return where step `step` begins for this process, for a checkpoint; earlier steps are forgotten."""
         self.places = {known: place for known, place in self.places.items() if known >= step}
-        state = {"processes": self.order.world, "place": self.places[step]._asdict()}
-        _file(folder, self.order.rank).write_text(json.dumps(state), encoding="utf-8")
+        return {"processes": self.order.world, "place": self.places[step]._asdict()}
 
     def _uses(self, place: Place, used: int) -> Iterator[tuple[Place, Row]]:
         """Yield every sample as often as it is used, each time with the place to go on from after that use.
@@ -138,6 +137,11 @@ def _packed(uses: list[Row], first: int) -> Drawn:
             rows.append(row)
         pairs.append((position, len(rows) - 1))
     return Drawn(pairs, rows)
+
+
+def save_place(folder: Path, rank: int, state: dict[str, Any]) -> None:
+    """Write a process's `StreamOrder.state` into a checkpoint."""
+    _file(folder, rank).write_text(json.dumps(state), encoding="utf-8")
 
 
 def load_place(checkpoint: Path, rank: int, world: int) -> Place:

@@ -1,6 +1,7 @@
 """Checkpoints that appear whole or not at all; schedule, optimizer groups and averaged weights by hand."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_a_written_checkpoint_holds_what_was_put_in(tmp_path: Path) -> None:
     target = save(tmp_path, 12)
     assert target == tmp_path / "checkpoints" / "step-00000012"
     assert (target / "inner" / "weights").read_text() == "whole"
-    assert checkpoint.read_state(target) == {"step": 12}
+    assert checkpoint.read_state(target) == {"step": 12, "files": {"inner/weights": "5 bytes, crc32 c459294f"}}
     assert names(tmp_path) == ["step-00000012"]
 
 
@@ -93,6 +94,43 @@ def test_prune_keeps_the_newest_and_sweeps_up_partial_ones(tmp_path: Path) -> No
     assert names(tmp_path) == ["step-00000020", "step-00000100"]
     checkpoint.prune(tmp_path, keep=5)
     assert names(tmp_path) == ["step-00000020", "step-00000100"]
+
+
+def test_prune_spares_multiples_and_the_best(tmp_path: Path) -> None:
+    for step in (10, 20, 25, 30, 40, 50):
+        save(tmp_path, step)
+    checkpoint.prune(tmp_path, keep=1, every=20, best=25)
+    assert names(tmp_path) == ["step-00000020", "step-00000025", "step-00000040", "step-00000050"]
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (lambda folder: _flip(folder / "inner" / "weights"), r"inner/weights is damaged \(written: 5 bytes, crc32"),
+        (lambda folder: (folder / "inner" / "weights").write_text("who"), "inner/weights is damaged .*found: 3 bytes"),
+        (lambda folder: (folder / "inner" / "weights").unlink(), "inner/weights can't be read .No such file"),
+        (lambda folder: (folder / "state.json").write_text("{"), "state.json can't be read"),
+        (lambda folder: (folder / "state.json").write_text("{}"), "state.json can't be read .KeyError"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_moved_and_the_one_before_it_used(tmp_path: Path, harm, reason: str) -> None:
+    older, newer = save(tmp_path, 5), save(tmp_path, 9)
+    assert checkpoint.damage(newer) is None
+    harm(newer)
+    said: list[str] = []
+    assert checkpoint.newest_undamaged(tmp_path, said.append) == older
+    assert re.search(f"step-00000009: {reason}", said[0])
+    assert said[0].endswith("it was moved to damaged-step-00000009, and the checkpoint before it is tried")
+    assert names(tmp_path) == ["damaged-step-00000009", "step-00000005"]
+    harm(older)
+    with pytest.raises(M3Error, match=f"no checkpoint of {tmp_path} is undamaged; of the newest, .*{reason}.*Repair"):
+        checkpoint.newest_undamaged(tmp_path, said.append)
 
 
 @pytest.mark.parametrize(

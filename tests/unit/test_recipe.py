@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from m3.errors import M3Error
-from m3.recipe import Recipe, dump_recipe, find_recipe, load_recipe, merge, recipe_from
+from m3.overrides import merge
+from m3.recipe import Recipe, dump_recipe, find_recipe, load_recipe, recipe_from
 from m3.train import build_model
 
 TEXT = """

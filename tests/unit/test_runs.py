@@ -63,7 +63,7 @@ def test_an_unfinished_last_line_is_left_out_and_a_broken_one_is_named(tmp_path:
     assert [line.step for line in read_lines(run)] == [1, 2]
     with (run / "metrics.jsonl").open("a") as file:
         file.write("\n")
-    with pytest.raises(M3Error, match=r"metrics.jsonl, line 3: no JSON"):
+    with pytest.raises(M3Error, match=r"metrics.jsonl: line 3 is no JSON"):
         read_lines(run)
 
 
