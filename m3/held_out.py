@@ -99,7 +99,8 @@ class HeldOut:
             return []
         spec = self.recipe.evaluate
         if learning := [task for task in self.tasks if task.wants_training_samples]:
-            for batch in map(self.train_skipped.count, first_batches(self.train, spec.fit_samples, BATCH)):
+            for batch in first_batches(self.train, spec.fit_samples, BATCH):
+                self.train_skipped.count(batch, is_trained_on=False)
                 for task in learning:
                     task.fit(batch.to(self.model.device))
         for batch in map(self.skipped.count, first_batches(self.samples, spec.samples, BATCH)):

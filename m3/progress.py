@@ -31,17 +31,24 @@ class Skipped:
 
     def __init__(self, console: Console, what: str, samples: int | None, limit: float) -> None:
         self.console, self.what, self.samples, self.limit = console, what, samples, limit
-        self.seen = 0
+        self.seen = self.fitted = 0
         self.messages: dict[str, None] = {}
 
-    def count(self, batch: Batch) -> Batch:
-        """Count what this process could not read and return the batch; raise past the limit, naming the first."""
-        self.seen += len(batch)
+    def count(self, batch: Batch, is_trained_on: bool = True) -> Batch:
+        """Count what this process could not read and return the batch; raise past the limit, naming the first.
+
+        Samples that a measure is fitted on are read once more by a run that resumes, so they are counted apart.
+        """
+        if is_trained_on:
+            self.seen += len(batch)
+        else:
+            self.fitted += len(batch)
         for message in batch.skipped:
             if message not in self.messages and len(self.messages) < 3:
                 self.console.print(f"[yellow]skipped[/] {message}", highlight=False, soft_wrap=True)
             self.messages[message] = None
-        seen = self.seen if self.samples is None else min(self.seen, self.samples)
+        seen = self.seen + self.fitted
+        seen = seen if self.samples is None else min(seen, self.samples)
         if len(self.messages) > 10 + self.limit * seen:
             raise M3Error(
                 f"{len(self.messages)} of {seen} {self.what} can't be read, more than data.max_unreadable = "
