@@ -91,6 +91,7 @@ def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--by", choices=["step", "time"], default="step", help="horizontal axis (default step)")
     command = add("table", _table, "print finished runs side by side, in Markdown", recipe=False)
     command.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+    command.add_argument("--first", type=int, default=None, metavar="N", help="only the first N figures of each")
     text = "what runs measured on held-out samples at equal steps and at equal training time; --by-step: their losses"
     command = add("compare", _compare, text, recipe=False)
     command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; with --revisions: RECIPE [a.b=c ...]")
@@ -238,7 +239,7 @@ def _share(text: str) -> float:
 def _table(options: argparse.Namespace) -> None:
     from m3.table import print_table
 
-    print_table(options.runs)
+    print_table(options.runs, options.first)
 
 
 def _tokenize(options: argparse.Namespace) -> None:

@@ -15,17 +15,17 @@ from m3.show import count_parameters
 COLUMNS = ("recipe", "hides", "predicts", "parameters", "steps", "training time", "held out: model (baseline)")
 
 
-def print_table(runs: list[str]) -> None:
-    """Print one line for each run folder.
+def print_table(runs: list[str], first: int | None = None) -> None:
+    """Print one line for each run folder, with all held-out figures or the `first` few.
 
     Raises:
         M3Error: a folder is no finished run.
     """
-    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(_row(Path(run)) for run in runs)]
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS), *(_row(Path(run), first) for run in runs)]
     print("\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 
-def _row(run: Path) -> tuple[str, ...]:
+def _row(run: Path, first: int | None) -> tuple[str, ...]:
     if not (run / "model" / "config.json").is_file() or not (run / "metrics.jsonl").is_file():
         raise M3Error(f"{run} is no folder of a finished run; train it first (m3 train RECIPE).")
     recipe, model = load_recipe(run / "recipe.yaml"), M3Model.from_pretrained(run / "model")
@@ -40,7 +40,7 @@ def _row(run: Path) -> tuple[str, ...]:
         f"{count_parameters(model) / 1e6:.2f} M",
         str(max((line.step for line in lines), default=0)),
         duration(lines[-1].seconds if lines else 0.0),
-        "; ".join(results) or "nothing measured",
+        "; ".join(results[:first]) or "nothing measured",
     )
 
 
@@ -60,7 +60,9 @@ def hides(view: View) -> str:
     )
 
 
-def _hidden(amount: float, names: str) -> str:
+def _hidden(amount: float | list[int], names: str) -> str:
+    if isinstance(amount, list):  # drawn between two budgets
+        return f"all but {amount[0]} to {amount[1]} tokens of {names}"
     if isinstance(amount, int):
         return f"all but {amount} tokens of {names}"
     return f"{1 - amount:.0%} of {names}" if amount < 1 else "nothing"

@@ -22,6 +22,7 @@ from m3.train import train
         ({"type": "fixed", "visible": {"text": 0.85, "image": 1.0}, "hidden": "mix"}, "15% of text, replaced"),
         ({"type": "fixed", "visible": 0.1, "scorer": {"type": "tube"}}, "90% of image, text, by tube"),
         ({"type": "fixed", "visible": 1.0}, "nothing"),
+        ({"type": "budget", "visible": [0, 64]}, "all but 0 to 64 tokens of image, text"),
     ],
 )
 def test_a_view_says_what_it_hides(masking, words):
