@@ -51,7 +51,7 @@ ORDER = (
     {"data.world", "data.video", "data.sound", "data.words"},
     {"relative", "backbone", "windows", "masking", "modalities", "tokenizers"},
     {"maskings"},
-    {"heads", "decoder", "coders", "recipe", "masker", "partners", "pooling", "sharing"},
+    {"heads", "dense", "decoder", "coders", "recipe", "masker", "partners", "pooling", "sharing"},
     {
         "objectives",
         "data.source",
