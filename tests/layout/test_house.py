@@ -100,6 +100,7 @@ ORDER = (
         "plugin_commands",
         "data.commands",
         "cli",
+        "label_efficiency",
         "auto",
         "m3",
     },
