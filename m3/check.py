@@ -122,6 +122,8 @@ def _small_decoder(decoder: dict[str, Any]) -> dict[str, Any]:
     known = find("decoders", decoder["type"]).Spec.model_fields  # type: ignore[attr-defined]  # every part has one
     if decoder["type"] == "head":  # as wide as the network, which its weights may be tied to
         return {**decoder, "hidden": WIDTH} if decoder.get("hidden") else decoder
+    if decoder["type"] == "dpt":  # reads four blocks of as many as there are
+        return {**decoder, "layers": [0, 0, 1, 1], "widths": [8, 8, 8, 8], "width": 16}
     return decoder | {key: value for key, value in {"width": 16, "depth": 1, "heads": 2}.items() if key in known}
 
 

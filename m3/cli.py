@@ -121,6 +121,14 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--task", action="append", default=[], metavar="TYPE[:LABEL]", help="e.g. knn:shape, spread")
     command.add_argument("--data", default=None, metavar="SOURCE", help="world, digits, or a folder or manifest")
     command.add_argument("--out", default=None, help="folder for the report (default: eval in the model's folder)")
+    text = "fine-tune with few and with many labels, from a model and from scratch, and draw the curve"
+    command = add("labels", _labels, text, recipe=False)
+    command.add_argument("model", help="folder of a model, or a published checkpoint")
+    command.add_argument("recipe", help="YAML file or name of a recipe that fine-tunes")
+    command.add_argument("overrides", nargs="*", metavar="a.b=c", help="of the recipe; init:a.b=c only from the model")
+    command.add_argument("--shares", default="0.01,0.1,1", help="of the labels (default 0.01,0.1,1)")
+    command.add_argument("--seeds", type=int, default=1, help="runs of each kind (default 1)")
+    command.add_argument("--out", default=None, help="folder for runs and report (default runs/RECIPE_labels)")
     text = "read the weights of another library, or write ours in its format"
     command = add("convert", _convert, text, recipe=False)
     command.add_argument("source", help="checkpoint file or folder; with --to: folder of our model or of its run")
@@ -217,6 +225,14 @@ def _eval(options: argparse.Namespace) -> None:
     measure(options.model, options.overrides, options.task, options.data, Path(options.out) if options.out else None)
 
 
+def _labels(options: argparse.Namespace) -> None:
+    from m3.label_efficiency import label_efficiency
+
+    shares = [_share(text, "--shares") for text in options.shares.split(",")]
+    out = Path(options.out) if options.out else None
+    label_efficiency(options.model, options.recipe, options.overrides, shares, options.seeds, out)
+
+
 def _convert(options: argparse.Namespace) -> None:
     from m3 import convert
     from m3.inputs import open_model
@@ -229,11 +245,11 @@ def _convert(options: argparse.Namespace) -> None:
     print(f"written to {convert.save(open_model(options.source)[0], options.out, options.to)}")
 
 
-def _share(text: str) -> float:
+def _share(text: str, option: str = "--visible") -> float:
     try:
         return float(text)
     except ValueError as error:
-        raise M3Error(f"--visible must be a share such as 0.25, got `{text}`.") from error
+        raise M3Error(f"{option} must be a share such as 0.25, got `{text}`.") from error
 
 
 def _table(options: argparse.Namespace) -> None:

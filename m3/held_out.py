@@ -20,6 +20,7 @@ from m3.progress import BASELINE, HELD_OUT, Lines, Skipped
 from m3.recipe import Recipe, dump_recipe
 from m3.report import Report
 from m3.show import count_parameters, metrics_table, preview
+from m3.signals import Look
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -103,9 +104,15 @@ class HeldOut:
                 self.train_skipped.count(batch, is_trained_on=False)
                 for task in learning:
                     task.fit(batch.to(self.model.device))
-        for batch in map(self.skipped.count, first_batches(self.samples, spec.samples, BATCH)):
-            for task in self.tasks:
-                task.add(batch.to(self.model.device))
+        looks: dict[Look, list[Task]] = {}
+        for task in self.tasks:
+            for look in task.looks:
+                looks.setdefault(look, []).append(task)
+        for number, (look, tasks) in enumerate(looks.items()):
+            for batch in first_batches(self.samples.seen(look), spec.samples, BATCH):
+                counted = batch if number else self.skipped.count(batch)
+                for task in tasks:
+                    task.add(counted.to(self.model.device))
         rows = [row for task in self.tasks for row in task.rows()]
         return rows + measure_codes(self.model, first_batches(self.samples, spec.samples, BATCH))
 

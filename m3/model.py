@@ -177,7 +177,7 @@ class M3Model(Network):
         seen = {name: tokens[name] for name in view.modalities if name in tokens}
         mask = self.views[view]
         plan = mask(seen, draws) if visible is None else mask.explicit(seen, visible, draws)
-        return tokens, self.encode_tokens(tokens, plan)
+        return tokens, self.encode_tokens(tokens, plan, view.layers)
 
     def _embedder(self, name: str | None) -> Embedder:
         found = {n: o for n, o in self.objectives.items() if isinstance(o, Embedder)}

@@ -23,7 +23,7 @@ HOMES = {
     "sources": ("m3.data.sources",),
     "maskings": ("m3.maskings",),
     "scorers": ("m3.scorers", "m3.shaped_scorers"),
-    "decoders": ("m3.heads",),
+    "decoders": ("m3.heads", "m3.dense"),
     "targets": ("m3.targets",),
     "positions": ("m3.positions",),
     "quantisers": ("m3.quantize",),

@@ -15,14 +15,14 @@ from m3.backbone import BackboneSpec, feed_forward
 from m3.errors import M3Error
 from m3.types import Encoded, masked_mean
 
-Kind = Literal["mean", "all", "class", "first", "last", "attention"]
+Kind = Literal["mean", "all", "class", "class_max", "first", "last", "attention"]
 """`mean` of the visible tokens; `all`: mean of these and of the class tokens (FLIP's image); `class`: the first class
-token (CLIP's image); `first` or `last` visible token (FLIP's and CLIP's text); `attention`: of a learned query to all
-tokens (SigLIP's image)."""
+token (CLIP's image); `class_max`: this and the maximum of the visible tokens, 2 D wide (Point-MAE); `first` or `last`
+visible token (FLIP's and CLIP's text); `attention`: of a learned query to all tokens (SigLIP's image)."""
 
 
 class Pooling(nn.Module):
-    """One vector per sample."""
+    """One vector per sample, `width` wide."""
 
     def __init__(self, kind: Kind, tower: BackboneSpec) -> None:
         """Check that the tower can be pooled so.
@@ -31,13 +31,14 @@ class Pooling(nn.Module):
             M3Error: the pooling needs a class token that the tower has not.
         """
         super().__init__()
-        if kind in ("class", "all") and not tower.class_tokens:
+        if kind in ("class", "class_max", "all") and not tower.class_tokens:
             raise M3Error(f"pool: `{kind}` needs a class token; set class_tokens: 1.")
         self.kind = kind
+        self.width = tower.width * (2 if kind == "class_max" else 1)
         self.attention = AttentionPool(tower) if kind == "attention" else None
 
     def forward(self, encoded: Encoded) -> Tensor:
-        """Pool the states of a view -> (B, D)."""
+        """Pool the states of a view -> (B, width)."""
         if self.attention is not None:
             return self.attention(encoded.sequence, encoded.is_valid)
         if self.kind == "class":
@@ -47,6 +48,11 @@ class Pooling(nn.Module):
         if self.kind == "mean":
             return encoded.pooled
         is_valid = encoded.plan.is_valid
+        if self.kind == "class_max":
+            states = encoded.states
+            if is_valid is not None:
+                states = states.masked_fill(~is_valid.unsqueeze(-1), torch.finfo(states.dtype).min)
+            return torch.cat([encoded.prefix[:, 0], states.amax(1)], dim=1)
         if self.kind == "first" or is_valid is None:  # valid tokens come first
             return encoded.states[:, 0 if self.kind == "first" else -1]
         last = (is_valid.sum(1) - 1).clamp(min=0)

@@ -93,6 +93,8 @@ class DataSpec(Strict):
         options: settings of the source, for `world`, `hub`, `mixture` and plugins.
         missing: `error`: every sample has every modality; `allow`: a sample may lack some.
         samples: at most this many training samples; the world makes this many scenes.
+        labelled: only so many training samples are used, as even over the classes as can be: a whole number, or (with a
+            point) a share; to see how few labels do, see `m3 labels`. A smaller choice is part of every larger one.
         held_out: samples kept for evaluation, never trained on.
         crop: smallest and largest share of the area of a random crop; null: no random crop.
         flip: probability of a horizontal flip.
@@ -111,6 +113,7 @@ class DataSpec(Strict):
     options: dict[str, Any] = Field(default={})
     missing: Literal["error", "allow"] = "error"
     samples: PositiveInt | None = None
+    labelled: PositiveInt | PositiveShare | None = None
     held_out: NonNegativeInt = 256
     crop: tuple[PositiveShare, PositiveShare] | None = None
     flip: float = Field(default=0.0, ge=0, le=1)

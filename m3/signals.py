@@ -50,6 +50,20 @@ class Signal(NamedTuple):
         return signal if self.kind == "classes" else signal.select(self.channel_axis, 0)
 
 
+class Look(NamedTuple):
+    """What is shown of a held-out sample.
+
+    Attributes:
+        moment: of recordings the clip: 0 is the first possible one, 1 the last.
+        place: of maps the part along the longer side: 0 is its beginning, 1 its end.
+        vote: number of the random changes (`data.augment`) that it undergoes as in training; None: it stays as it is.
+    """
+
+    moment: float = 0.5
+    place: float = 0.5
+    vote: int | None = None
+
+
 class Crop(NamedTuple):
     """One geometric decision, shared by all aligned modalities of a sample.
 

@@ -98,6 +98,14 @@ class Depth(Modality):
             return ((raw - self.spec.mean) / self.spec.std).unsqueeze(1)
         return truncated_standardise(raw).unsqueeze(1)
 
+    def metres(self, signal: Tensor) -> Tensor:
+        """Undo `normalise: fixed`: (B, 1, H, W) -> (B, H, W) metres; what is normalised map by map has no scale."""
+        if self.spec.normalise != "fixed":
+            raise M3Error(
+                "depth that is normalised map by map has no scale; set `normalise: fixed` with `mean` and `std`."
+            )
+        return signal.squeeze(1) * self.spec.std + self.spec.mean
+
     def show(self, signal: Tensor, is_known: Tensor | None = None) -> np.ndarray:
         """Draw (1, H, W): near is bright, -2.5 to 2.5 deviations; unknown positions are grey."""
         from matplotlib import colormaps

@@ -27,7 +27,8 @@ class Label(Modality):
 
     A single class is read from the labels of the data: the column `label` or `label:NAME` of a manifest, folders that
     are classes, what the world knows of a scene. Several classes are a signal of their own: a sentence of numbers in
-    the manifest's column of the modality's name ("3 17"), a .txt file with one, or a list.
+    the manifest's column of the modality's name ("3 17", or with shares "3:0.6 17", as the answers of VQA have), a .txt
+    file with one, or a list.
     """
 
     class Spec(Strict):
@@ -75,7 +76,11 @@ class Label(Modality):
         """Check class numbers (a number, a list, a text of numbers) -> float32 (K,)."""
         found = sample.replace(",", " ").split() if isinstance(sample, str) else np.asarray(sample).ravel().tolist()
         classes, several = self.spec.classes, self.spec.several
+        shares = [1.0] * len(found)
         try:
+            if several and isinstance(sample, str) and ":" in sample:
+                pairs = [one.partition(":") for one in found]
+                found, shares = [name for name, _, _ in pairs], [float(share or 1) for _, _, share in pairs]
             numbers = [int(one) for one in found]
         except (TypeError, ValueError) as error:
             raise M3Error(f"a label must be the number of a class, got {_said(sample)}; correct it.") from error
@@ -88,8 +93,10 @@ class Label(Modality):
                 f"class {wrong[0]} is none of 0 to {classes - 1}; correct the label, or set `classes` to the largest "
                 f"number plus 1."
             )
+        if wrong := [share for share in shares if not 0 <= share <= 1]:
+            raise M3Error(f"the share of a class lies in [0, 1], got {wrong[0]}; correct the label.")
         raw = torch.zeros(classes)
-        raw[numbers] = 1.0
+        raw[numbers] = torch.tensor(shares)
         return raw
 
     def fit(self, raw: Tensor, crop: Crop) -> Tensor:

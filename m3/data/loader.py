@@ -26,6 +26,7 @@ from m3.plugins import Crop, Modality
 from m3.preemption import spare_worker
 from m3.random import stream_number
 from m3.recipe import DataSpec
+from m3.signals import Look
 from m3.types import Batch
 
 TRIES = 16
@@ -59,7 +60,14 @@ class Samples(Dataset[Loaded]):
         self.augmentation = Augmentation(spec.augment, modalities)
         is_training = source.split == "train"
         self.mixup = Mixup(spec.mixup, spec, modalities, seed) if spec.mixup and is_training else None
+        self.look = Look()
         self._last: tuple[int, Sample] | None = None
+
+    def seen(self, look: Look) -> Samples:
+        """Return the same held-out samples, looked at in another way."""
+        other = copy.copy(self)
+        other.look, other._last = look, None
+        return other
 
     def __getitem__(self, at: tuple[int, int]) -> Loaded:
         """Read a sample; an unreadable one is replaced by the next and named in `skipped`."""
@@ -117,20 +125,31 @@ class Samples(Dataset[Loaded]):
             there = _keep_some(there, self.spec.drop, draws)
         if not there:
             raise M3Error(f"{sample.id} has none of {', '.join(self.modalities)}; give every sample at least one.")
-        moment = draws.random() if is_training else 0.5
+        moment = draws.random() if is_training else self.look.moment
         parts = {name: self.modalities[name].cut(sample.signals[name], moment) for name in there}
         raw = {name: self.modalities[name].to_raw(part) for name, part in parts.items()}
-        crop = self._crop(raw, draws.getrandbits(63)) if is_training else Crop()
+        crop = self._crop(raw, draws.getrandbits(63)) if is_training else self._part(raw)
         known = {name: self.modalities[name].times(part) for name, part in parts.items()}
         fitted = fit_together(raw, self.modalities, crop)
+        key = f"{self.seed}/{position}" if is_training else f"vote {self.look.vote}/{self.seed}/{position}"
         return Loaded(
-            self.augmentation(fitted, f"{self.seed}/{position}") if is_training else fitted,
+            self.augmentation(fitted, key) if is_training or self.look.vote is not None else fitted,
             position,
             sample.id,
             {name: times for name, times in known.items() if times is not None},
             sample.labels,
             skipped,
         )
+
+    def _part(self, raw: dict[str, Tensor]) -> Crop:
+        """Return the part of a held-out sample that is looked at: the middle, or another of the same size."""
+        first = next((name for name in raw if self.modalities[name].is_map), None)
+        if first is None or self.look.place == 0.5:
+            return Crop()
+        (height, width), size = raw[first].shape[-2:], self.modalities[first].signal.size[-2:]
+        box = Crop().window(height, width, (size[0], size[1]))
+        place = self.look.place
+        return Crop(((1 - box[2]) * place, (1 - box[3]) * place, *box[2:]))
 
     def _crop(self, raw: dict[str, Tensor], key: int) -> Crop:
         """Draw the crop that all maps of a sample share."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import heapq
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from m3.data.files import Member, Stored, encode
 from m3.errors import M3Error
@@ -16,6 +17,7 @@ from m3.plugins import Modality
 from m3.recipe import DataSpec
 
 Split = Literal["train", "held_out"]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,72 @@ class Source(ABC):
         return None
 
 
+class Labelled(Source):
+    """Some of the samples of another source, chosen by a hash of their ids, so that fewer are a part of more."""
+
+    def __init__(self, source: Source, label: str | None, amount: float) -> None:
+        """Choose the samples.
+
+        Args:
+            source: where they are from.
+            label: name of the label whose classes get equally many, as far as they have them; None: no label counts.
+            amount: a whole number of samples, or (a float) a share of them; of each class that is there at least one.
+
+        Raises:
+            M3Error: the source can't be counted, or knows its labels only by reading.
+        """
+        super().__init__(source.spec, source.modalities, source.seed, source.split)
+        refuse_stream(source, "data.labelled")
+        if type(source).at is not Source.at:
+            raise M3Error("data.labelled: a mixture draws its samples anew in every epoch; choose one of its sources.")
+        known = [0] * len(source) if label is None else source.known_labels(label)
+        if known is None:
+            raise M3Error(
+                f"data.labelled: the source `{source.spec.source}` knows the label `{label}` only by reading every "
+                f"sample; store the data as `folder`, with a manifest."
+            )
+        self.source, self.numbers = source, _balanced(source, known, amount)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read(self, index: int) -> Sample:
+        """Read a chosen sample."""
+        return self.source.read(self.numbers[index])
+
+    def name(self, index: int) -> str:
+        """Return a chosen sample's id."""
+        return self.source.name(self.numbers[index])
+
+    def stored(self, index: int) -> StoredSample:
+        """Return the files of a chosen sample."""
+        return self.source.stored(self.numbers[index])
+
+    def known_labels(self, name: str) -> list[int | None] | None:
+        """Return the labels of the chosen samples."""
+        return self._chosen(self.source.known_labels(name))
+
+    def lengths(self, name: str) -> list[int] | None:
+        """Return the lengths of the chosen samples."""
+        return self._chosen(self.source.lengths(name))
+
+    def _chosen(self, known: Sequence[T] | None) -> list[T] | None:
+        return None if known is None else [known[number] for number in self.numbers]
+
+
+def _balanced(source: Source, known: Sequence[int | None], amount: float) -> list[int]:
+    """Choose samples class by class in turn, those of the smallest hashes first; in the order of their numbers."""
+    there = [number for number in range(len(source)) if known[number] is not None]
+    hashes = {number: _hash(source.name(number)) for number in there}
+    taken: Counter[int | None] = Counter()
+    turn = {}
+    for number in sorted(there, key=hashes.__getitem__):
+        turn[number] = taken[known[number]]
+        taken[known[number]] += 1
+    count = amount if isinstance(amount, int) else max(len(taken), round(amount * len(there)))
+    return sorted(sorted(there, key=lambda number: (turn[number], hashes[number]))[:count])
+
+
 class Stream(ABC):
     """Samples that can only be read one after the other, in shards, each from its beginning.
 
@@ -155,7 +223,11 @@ def open_source(spec: DataSpec, modalities: dict[str, Modality], seed: int, spli
     signals = {name: part for name, part in modalities.items() if part.from_label is None}
     if not signals:
         raise M3Error("modalities: all are made of labels, and no signal is left to learn from; add one.")
-    return find("sources", spec.source)(spec, signals, seed, split)
+    source = find("sources", spec.source)(spec, signals, seed, split)
+    if spec.labelled is None or split != "train":
+        return source
+    names = [part.from_label for part in modalities.values() if part.from_label is not None]
+    return Labelled(source, names[0] if names else None, spec.labelled)
 
 
 def with_labels(sample: Sample, modalities: dict[str, Modality], may_lack: bool = True) -> Sample:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from m3.model import M3Model
 from m3.parts import build_spec
 from m3.plugins import Strict
+from m3.signals import Look
 from m3.types import Batch
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class Task(ABC):
     """
 
     Spec: ClassVar[type[Strict]]
+
+    looks: tuple[Look, ...] = (Look(),)
+    """What is shown of every held-out sample: all samples come once for each, with the same `Batch.keys`."""
 
     def __init__(self, spec: Any, name: str, model: M3Model, seed: int) -> None:
         self.spec, self.name, self.model, self.seed = spec, name, model, seed

@@ -70,8 +70,8 @@ class Classify(Predictor):
         self.modality_of, self.is_relative = {spec.label: spec.label}, {spec.label: False}
         self.pool = Pooling(spec.pool, tower)
         has_norm = tower.norm == "pre" and not tower.final_norm
-        self.norm = nn.LayerNorm(tower.width, eps=tower.norm_eps, bias=tower.bias) if has_norm else nn.Identity()
-        self.head = Head(tower.width, signal.channels)
+        self.norm = nn.LayerNorm(self.pool.width, eps=tower.norm_eps, bias=tower.bias) if has_norm else nn.Identity()
+        self.head = Head(self.pool.width, signal.channels)
 
     def logits(self, encoded: Encoded) -> Tensor:
         """Return (B, K), for the softmax or, where there are several classes, the sigmoid of each."""

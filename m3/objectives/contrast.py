@@ -89,7 +89,7 @@ class Contrast(Coupled, Embedder):
             tower = tokenizers[modalities[0]].tower
             with within(f"sides.{name}"):
                 self.pools[name] = Pooling(side.pool, tower)
-                self.projections[name] = _projection(side, tower.width, spec.width)
+                self.projections[name] = _projection(side, self.pools[name].width, spec.width)
             self.side_views[name] = View(modalities, json.dumps(side.masking, sort_keys=True))
         self.views = tuple(dict.fromkeys(self.side_views.values()))
         self.pairs = tuple(itertools.combinations(spec.sides, 2))

@@ -30,8 +30,8 @@ class TargetSpec(Strict):
         at: modality whose hidden tokens it is predicted at, token by token, where that is another one (UNITER: the
             labels of hidden regions); it must have as many tokens.
         target: provider of the true values.
-        loss: `mse`, `l1`, `smooth_l1` (values), `cross_entropy` (class ids), `kl` (probabilities), or `chamfer`
-            (groups of points, as sets; Point-MAE).
+        loss: `mse`, `l1`, `smooth_l1`, `berhu` (values), `cross_entropy` (class ids), `kl` (probabilities), or
+            `chamfer` (groups of points, as sets; Point-MAE).
         decoder: overrides the objective's decoder; `same_as: TARGET` shares that of another objective's target.
         weight: factor on this part of the loss.
     """
@@ -39,7 +39,7 @@ class TargetSpec(Strict):
     of: str | None = None
     at: str | None = None
     target: dict = Field(default={"type": "values"})
-    loss: Literal["mse", "l1", "smooth_l1", "cross_entropy", "kl", "chamfer"] = "mse"
+    loss: Literal["mse", "l1", "smooth_l1", "berhu", "cross_entropy", "kl", "chamfer"] = "mse"
     decoder: dict | None = None
     weight: float = 1.0
 
@@ -74,8 +74,6 @@ class Reconstruct(Predictor):
         self.inputs = spec.inputs or tuple(tokenizers)
         for name in self.inputs:
             check_modality("inputs", name, tokenizers)
-        self.view = View(self.inputs, json.dumps(spec.masking, sort_keys=True))
-        self.views = (self.view,)
         tower = tokenizers[self.inputs[0]].tower
         self.decoders = nn.ModuleDict()
         self._lenders: dict[str, str] = {}
@@ -100,6 +98,9 @@ class Reconstruct(Predictor):
                     self.decoders[name] = decoder(settings, tower, tokenizers, self.inputs, place, provider.width)
             self.of[name], self.channels[name] = modality, tokenizer.signal.channels
             check_loss(name, target.loss, tokenizer, said(provider, "kind", None))
+        layers = sorted({number for decoder in self.decoders.values() for number in getattr(decoder, "layers", ())})
+        self.view = View(self.inputs, json.dumps(spec.masking, sort_keys=True), layers=tuple(layers))
+        self.views = (self.view,)
         self.log_variance = nn.Parameter(torch.zeros(len(spec.targets))) if spec.balance == "uncertainty" else None
         signals = {name: tokenizers[modality].signal for name, modality in self.of.items()}
         self.classes = {name: said(part, "classes", signals[name].classes) for name, part in self.providers.items()}
@@ -141,7 +142,11 @@ class Reconstruct(Predictor):
             weights = value_weights(truth, is_target, self.has_gaps[name])
             if self.has_gaps[name]:  # NaN would poison the gradient even where the weight is False
                 truth = truth.nan_to_num(0.0)
-            losses = elementwise_losses(target.loss, predicted.float(), truth, self.classes[name], self.channels[name])
+            if target.loss == "berhu":
+                losses = berhu(predicted.float(), truth.float(), weights)
+            else:
+                classes, channels = self.classes[name], self.channels[name]
+                losses = elementwise_losses(target.loss, predicted.float(), truth, classes, channels)
             total, count = reduce(losses, weights, self.spec.average)
             weight = target.weight
             if self.log_variance is not None:
@@ -257,6 +262,23 @@ def elementwise_losses(kind: str, predicted: Tensor, truth: Tensor, classes: int
     return measure(predicted, truth.float(), reduction="none")
 
 
+def berhu(predicted: Tensor, truth: Tensor, weights: Tensor | None) -> Tensor:
+    """Return (B, T, P) reverse Huber losses: |e| up to c and (e^2 + c^2) / 2 c beyond (Laina et al. 2016, section 3.3).
+
+    c is a fifth of the largest error that counts, as there, but of each sample and not of the whole batch: so the loss
+    of a sample does not depend on the others.
+
+    Args:
+        predicted: (B, T, P).
+        truth: (B, T, P) without NaN.
+        weights: (B, T, 1 or P) bool, True for values that count; None: all.
+    """
+    error = (predicted - truth).abs()
+    known = error.detach() if weights is None else error.detach() * weights
+    c = (known.flatten(1).amax(1) * 0.2).clamp(min=1e-5)[:, None, None]
+    return torch.where(error < c, error, (error.square() + c.square()) / (2 * c))
+
+
 def value_weights(truth: Tensor, is_target: Tensor | None, has_gaps: bool) -> Tensor | None:
     """Return (B, T, 1 or P) bool, True for values that count; None when all do."""
     weights = None if is_target is None else is_target.unsqueeze(-1)
@@ -286,5 +308,5 @@ def check_loss(name: str, loss: str, tokenizer: Tokenizer, kind: str | None = No
     if kind != fitting:
         raise M3Error(
             f"target `{name}` holds {kind}, which loss `{loss}` can't compare; "
-            f"use cross_entropy for classes, kl for probabilities and mse, l1 or smooth_l1 for values."
+            f"use cross_entropy for classes, kl for probabilities and mse, l1, smooth_l1 or berhu for values."
         )

@@ -53,7 +53,7 @@ ORDER = (
     {"data.world", "data.video", "data.sound", "data.words"},
     {"relative", "backbone", "windows", "masking", "modalities", "tokenizers"},
     {"maskings"},
-    {"heads", "decoder", "coders", "recipe", "masker", "partners", "pooling", "sharing"},
+    {"heads", "dense", "decoder", "coders", "recipe", "masker", "partners", "pooling", "sharing"},
     {
         "objectives",
         "data.source",
@@ -103,6 +103,7 @@ ORDER = (
         "plugin_commands",
         "data.commands",
         "cli",
+        "label_efficiency",
         "auto",
         "m3",
     },

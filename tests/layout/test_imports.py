@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LINKS = {"tokenizers", "modalities", "recipes"}
 COMPOSING = {"model", "processor", "train", "check", "bench", "summary", "show", "reconstruct", "cli", "doctor"}
-COMPOSING |= {"table", "inputs", "embed", "tokenizer_model", "data.commands", "testing.modality"}
+COMPOSING |= {"label_efficiency", "table", "inputs", "embed", "tokenizer_model", "data.commands", "testing.modality"}
 COMPOSING |= {
     "held_out",
     "measure",

@@ -5,14 +5,18 @@ Letters: B batch, n samples, K classes.
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from m3.errors import M3Error
 from m3.evaluate.task import Row, Task
 from m3.model import M3Model
 from m3.plugins import Strict
+from m3.signals import Look
 from m3.types import Batch
 
 TOP = 5
@@ -31,9 +35,17 @@ class Accuracy(Task):
 
         Attributes:
             objective: name of the objective of type `classify`; the first one if left out.
+            clips: of a recording, spread evenly from the first possible one to the last; 1: the middle one.
+            crops: of a picture or video, spread evenly along its longer side; 1: the middle one.
+            votes: random copies of each of them, changed by `data.augment` as in training; null: it stays as it is.
+
+        The probabilities of all clips, crops and copies of a sample are averaged.
         """
 
         objective: str | None = None
+        clips: PositiveInt = 1
+        crops: PositiveInt = 1
+        votes: PositiveInt | None = None
 
     def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
         super().__init__(spec, name, model, seed)
@@ -41,6 +53,8 @@ class Accuracy(Task):
             self.part = model.classifier(spec.objective)
         except M3Error as error:
             raise M3Error(f"evaluate.tasks.{name}: {error}") from error
+        copies = [None] if spec.votes is None else range(spec.votes)
+        self.looks = tuple(Look(*look) for look in product(spread(spec.clips), spread(spec.crops), copies))
         self._begin()
 
     @property
@@ -54,56 +68,61 @@ class Accuracy(Task):
         self._seen.append(truth[is_there].sum(0).cpu())
 
     def add(self, batch: Batch) -> None:
-        """Keep logits and labels of held-out samples."""
+        """Keep probabilities and labels of held-out samples."""
         truth, is_there = self._truth(batch)
         if not any(name in batch.signals for name in self.part.inputs):
             return
         logits = self.model.classify(batch, self.spec.objective).float()
         counts = is_there & ~logits.isnan().any(1)
-        self._logits.append(logits[counts].cpu())
+        logits = logits[counts].double()  # in float32 unlikely classes would all be 0
+        self._guesses.append((logits.sigmoid() if self.part.several else logits.softmax(1)).cpu())
         self._truths.append(truth[counts].cpu())
+        self._keys.append(batch.keys[counts].cpu())
 
     def rows(self) -> list[Row]:
         """Return one row, or two."""
         where = f"evaluate.tasks.{self.name}"
         if self._seen:
             self._frequency = torch.stack(self._seen).sum(0)
-        logits, truth = (torch.cat(x) if x else torch.empty(0) for x in (self._logits, self._truths))
+        guesses, truth, keys = (
+            torch.cat(x) if x else torch.empty(0) for x in (self._guesses, self._truths, self._keys)
+        )
         frequency = self._frequency
-        self._logits, self._truths, self._seen = [], [], []
+        self._guesses, self._truths, self._keys, self._seen = [], [], [], []
         if not len(truth):
             raise M3Error(
                 f"{where}: no held-out sample has a `{self.part.spec.label}` together with "
                 f"{', '.join(self.part.inputs)}; label some, or remove this task."
             )
+        guesses, truth = mean_of_looks(keys, guesses, truth)
         if self.part.several:
-            return [self._precision(logits, truth, where)]
-        return self._accuracies(logits, truth.argmax(1), frequency, where)
+            return [self._precision(guesses, truth, where)]
+        return self._accuracies(guesses, truth.argmax(1), frequency, where)
 
-    def _accuracies(self, logits: Tensor, truth: Tensor, frequency: Tensor, where: str) -> list[Row]:
+    def _accuracies(self, guesses: Tensor, truth: Tensor, frequency: Tensor, where: str) -> list[Row]:
         seen = torch.cat([frequency.nonzero()[:, 0], truth]).unique()
         if len(seen) == 1:
             raise M3Error(
                 f"{where}: all samples have class {int(seen[0])}, so there is nothing to tell apart; check the labels "
                 f"(data.samples, evaluate.fit_samples) or remove this task."
             )
-        ranked, usual = logits.argsort(1, descending=True), frequency.argsort(descending=True)
+        ranked, usual = guesses.argsort(1, descending=True), frequency.argsort(descending=True)
         rows = []
-        for count in (1, TOP) if logits.shape[1] > TOP else (1,):
+        for count in (1, TOP) if guesses.shape[1] > TOP else (1,):
             own = float((ranked[:, :count] == truth.unsqueeze(1)).any(1).float().mean())
             theirs = float(torch.isin(truth, usual[:count]).float().mean())
             name, measure = (self.name, "accuracy") if count == 1 else (f"{self.name} (top {count})", f"top-{count}")
             rows.append(Row(name, measure, own, theirs, "majority", higher_is_better=True))
         return rows
 
-    def _precision(self, logits: Tensor, truth: Tensor, where: str) -> Row:
+    def _precision(self, guesses: Tensor, truth: Tensor, where: str) -> Row:
         from sklearn.metrics import average_precision_score
 
         known = (truth > 0.5).numpy()
         differs = known.any(0) & ~known.all(0)
         if not differs.any():
             raise M3Error(f"{where}: every class is in all held-out samples or in none; hold out more (data.held_out).")
-        own = average_precision_score(known[:, differs], logits.sigmoid().numpy()[:, differs], average="macro")
+        own = average_precision_score(known[:, differs], guesses.numpy()[:, differs], average="macro")
         # A constant ranks nothing: its precision is the share of samples that have the class.
         theirs = known[:, differs].mean(0).mean()
         return Row(self.name, "mAP", float(own), float(np.float64(theirs)), "constant", higher_is_better=True)
@@ -121,5 +140,28 @@ class Accuracy(Task):
     def _begin(self) -> None:
         self._frequency: Tensor = torch.empty(0)
         self._seen: list[Tensor] = []
-        self._logits: list[Tensor] = []
+        self._guesses: list[Tensor] = []
+        self._keys: list[Tensor] = []
         self._truths: list[Tensor] = []
+
+
+def spread(count: int) -> list[float]:
+    """Return numbers from 0 to 1, evenly spread; the middle where there is one."""
+    return [0.5] if count == 1 else [number / (count - 1) for number in range(count)]
+
+
+def mean_of_looks(keys: Tensor, guesses: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+    """Average the probabilities of each sample.
+
+    Args:
+        keys: (m,) int64, the same for all looks at a sample.
+        guesses: (m, K).
+        truth: (m, K).
+
+    Returns:
+        Probabilities and truth (n, K), samples in the order of their keys.
+    """
+    found, number, counts = keys.unique(return_inverse=True, return_counts=True)
+    total = guesses.new_zeros(len(found), guesses.shape[1]).index_add_(0, number, guesses)
+    same = truth.new_empty(len(found), truth.shape[1]).index_copy_(0, number, truth)
+    return total / counts.unsqueeze(1), same
