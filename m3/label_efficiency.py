@@ -110,7 +110,7 @@ def _figure(curves: Curves, task: str) -> Figure:
         axis.plot(list(found), means, color=colour, label=label)
         for share, rows in found.items():
             axis.plot([share] * len(rows), [row.model for row in rows], "o", color=colour, markersize=4)
-    first = next(iter(curves[task, True].values()))[0]
+    first = list(curves[task, True].values())[-1][0]
     axis.axhline(first.baseline, color="grey", linestyle="--", linewidth=0.9, label=first.baseline_name)
     axis.set(xscale="log", xlabel="share of the labels", ylabel=first.measure, title=task)
     axis.grid(alpha=0.3)

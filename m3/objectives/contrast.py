@@ -88,8 +88,8 @@ class Contrast(Coupled, Embedder):
                 check_modality(f"sides.{name}", modality, tokenizers)
             tower = tokenizers[modalities[0]].tower
             with within(f"sides.{name}"):
-                self.pools[name] = Pooling(side.pool, tower)
-                self.projections[name] = _projection(side, self.pools[name].width, spec.width)
+                pool = self.pools[name] = Pooling(side.pool, tower)
+                self.projections[name] = _projection(side, pool.width, spec.width)
             self.side_views[name] = View(modalities, json.dumps(side.masking, sort_keys=True))
         self.views = tuple(dict.fromkeys(self.side_views.values()))
         self.pairs = tuple(itertools.combinations(spec.sides, 2))
