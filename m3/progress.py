@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,20 @@ class Skipped:
 class Clock:
     """Measures speed and waiting between two lines of metrics."""
 
-    def __init__(self, start: int, batch_size: int) -> None:
-        self.batch_size = batch_size
+    PATIENCE = 30.0
+    """Seconds of training after which a run is worth the seconds that `highest` takes."""
+
+    def __init__(self, start: int, batch_size: int, highest: Callable[[], float] | None = None) -> None:
+        """Start measuring.
+
+        Args:
+            start: steps that are done.
+            batch_size: samples of a step, on all processes.
+            highest: measures the samples/s that utilisation is a share of; None: utilisation is not told.
+        """
+        self.batch_size, self.measure_highest = batch_size, highest
+        self.highest: float | None = None
+        self.trained = 0.0
         self.restart(start)
 
     def restart(self, step: int) -> None:
@@ -98,9 +110,17 @@ class Clock:
         if steps:
             line |= {"samples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
             line["seconds"] = seconds
+            line |= self._utilisation(line["samples_per_second"], seconds)
         line["skipped"] = skipped
         self.restart(step)
         return line
+
+    def _utilisation(self, speed: float, seconds: float) -> dict[str, float]:
+        """Return the share of the highest speed that is reached, once the run has lasted."""
+        self.trained += seconds
+        if self.measure_highest and self.highest is None and self.trained > self.PATIENCE:
+            self.highest = self.measure_highest()
+        return {"utilisation": speed / self.highest} if self.highest else {}
 
 
 def means(names: list[str], sums: Tensor, counts: Tensor) -> dict[str, float]:

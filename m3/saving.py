@@ -352,8 +352,9 @@ def _process_file(folder: Path, rank: int) -> Path:
     return folder / f"process-{rank:05d}.pt"
 
 
-def save_model(recipe: Recipe, model: M3Model, average: Average | None) -> None:
-    """Write the model, and the one of averaged weights, as `from_pretrained` reads them."""
+def save_model(recipe: Recipe, model: M3Model, average: Average | None, steps: int) -> None:
+    """Write the model of so many steps, and the one of averaged weights, as `from_pretrained` reads them."""
+    model.config.about = {"recipe": recipe.name, "steps": steps}
     processor = M3Processor(model.config.modalities)
     copies = {"model": None} if average is None else {"model": None, "model_ema": average}
     for name, weights in copies.items():

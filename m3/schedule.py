@@ -181,6 +181,13 @@ def drawn(mix: dict[str, float] | None, objectives: list[str], seed: int, step: 
     return tuple(name for name in objectives if name == one or name not in mix)
 
 
+def choices(mix: dict[str, float] | None, objectives: list[str]) -> dict[tuple[str, ...] | None, float]:
+    """Return what `drawn` may return -> its probability."""
+    total = sum((mix or {}).values())
+    parts = {tuple(n for n in objectives if n == one or n not in (mix or ())): w for one, w in (mix or {}).items()}
+    return {active: weight / total for active, weight in parts.items()} or {None: 1.0}
+
+
 def check_mix(mix: dict[str, float] | None, objectives: list[str]) -> None:
     """Raise for a mix that names an objective which is not there."""
     for name in mix or ():

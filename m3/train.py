@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, set_seed
 from rich.console import Console
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from m3 import checkpoint
-from m3.config import M3Config
+from m3.build import model_config
+from m3.cost import highest_speed
 from m3.data.loader import Order, Samples, buckets_of, train_loader
 from m3.data.source import Source, Split, describe_coverage
 from m3.data.source import open_source as open_data
@@ -39,14 +40,16 @@ from m3.machine import cores, use_bf16
 from m3.memory import compiled, keep_freed_memory
 from m3.model import M3Model
 from m3.monitors import Health, Watch
-from m3.network import Prepared, resolved
+from m3.network import Prepared
 from m3.plugins import Pool
 from m3.preemption import Preempted, Preemption, explained
 from m3.processes import concatenate, gather
-from m3.progress import METRICS, Clock, Lines, Skipped, cut, means
+from m3.progress import HELD_OUT, METRICS, Clock, Lines, Skipped, cut, means
+from m3.provenance import note_start
 from m3.recipe import Recipe, TrainSpec, dump_recipe
 from m3.saving import Parts, Saver, restore, save_model
 from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, momentum, plan_run, set_rates
+from m3.seeing import padding, picture_of, progress_bar, show_line
 from m3.show import count_parameters
 from m3.types import Loss
 
@@ -55,17 +58,6 @@ def build_model(recipe: Recipe) -> M3Model:
     """Make the model of a recipe with the weights of its seed."""
     set_seed(recipe.seed)
     return M3Model(model_config(recipe))
-
-
-def model_config(recipe: Recipe) -> M3Config:
-    """Return the part of a recipe that describes the model."""
-    return M3Config(
-        modalities={name: resolved(entry, f"modalities.{name}") for name, entry in recipe.modalities.items()},
-        backbone=recipe.backbone.model_dump(),
-        towers={name: tower.model_dump(mode="json") for name, tower in recipe.towers.items()},
-        objectives=recipe.objectives,
-        seed=recipe.seed,
-    )
 
 
 def open_source(recipe: Recipe, model: M3Model, split: Split) -> Source:
@@ -119,7 +111,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     parts = Parts(raw_model, optimizer, average, skipped, metrics)
     start = restore(accelerator, run, parts, facts, console) if resume else 0
     if accelerator.is_main_process:
-        open_run(recipe, start, plan.steps, console)
+        open_run(recipe, start, plan.steps, world, console)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     shares = (plan.micro_batch, plan.accumulation, rank, world)
@@ -130,11 +122,12 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     batches = iter(train_loader(samples, order, recipe.data.workers, spec.timeout))
     saver = Saver(accelerator, recipe, parts, order, facts, console)
     guard = Guard(accelerator, raw_model, optimizer, spec.max_skipped, run, console)
-    clock, watch, health = Clock(start, spec.batch_size), Watch(console, plan.warmup), Health(console, plan.warmup)
+    clock = Clock(start, spec.batch_size, None if console.quiet else partial(highest_speed, recipe, world))
+    watch, health = Watch(console, plan.warmup), Health(console, plan.warmup)
 
     # ---------------------------------------------------------------------------------------- train loop
     network.train()
-    bar = tqdm(total=plan.steps, initial=start, desc=recipe.name, unit="step", disable=console.quiet)
+    bar = progress_bar(recipe.name, start, plan.steps, not console.quiet)
     with bar, Preemption() as asked:
         for step in range(start, plan.steps):
             # The batches of the step first: the loss is divided by the counts of all of them, on all ranks.
@@ -164,16 +157,16 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 clock.restart(done)
             if done % spec.log_every == 0 or done == plan.steps:
                 values = means(names, sums[:-1], counts)
-                seen = values | watch(watched, done) | guard.counted
+                seen = values | watch(watched, done) | guard.counted | padding(prepared)
                 line = clock.line(done, seen, learning_rate(step, plan), float(norm), len(skipped.messages))
                 accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
-                bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
+                show_line(bar, line, values)
                 if accelerator.is_main_process:
                     metrics.append(line)
                     health(line, values)
             reported = time.perf_counter()
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
-                saver.measured(held_out.evaluate(done) if accelerator.is_main_process else [], done)
+                saver.measured(evaluate(accelerator, held_out, done), done)
             if saver.is_due(done) or guard.is_stopping:
                 guard.settle(is_all=True, is_end=done == plan.steps)
                 saver.save(done, is_needed=done == plan.steps or guard.is_stopping)
@@ -184,9 +177,8 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     # --------------------------------------------------------------------------------------------- finish
     rows: list[Row] = []
     if accelerator.is_main_process:
-        raw_model.config.about = {"recipe": recipe.name, "steps": plan.steps}
-        save_model(recipe, raw_model, average)
-        rows = held_out.evaluate(plan.steps, "preview.png")
+        save_model(recipe, raw_model, average, plan.steps)
+        rows = evaluate(accelerator, held_out, plan.steps, "preview.png")
         held_out.conclude(rows, console)
     del model, network  # gloo can hang for ever when DDP is freed after its process group (pytorch issue 190489)
     accelerator.free_memory()
@@ -321,8 +313,31 @@ def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[s
     return json.loads(json.dumps({"model": described, "order": order, "plan": plan._asdict()}))
 
 
-def open_run(recipe: Recipe, start: int, steps: int, console: Console) -> None:
-    """Make the run folder, save the resolved recipe, and cut the metrics back to the step we start from.
+def evaluate(accelerator: Accelerator, held_out: HeldOut, step: int, picture: str | None = None) -> list[Row]:
+    """Measure on held-out samples and show the trackers what came out; the first process does, others return nothing.
+
+    Args:
+        accelerator: with the trackers.
+        held_out: what is measured.
+        step: steps that are done.
+        picture: as in `HeldOut.evaluate`.
+    """
+    if not accelerator.is_main_process:
+        return []
+    rows = held_out.evaluate(step, picture)
+    accelerator.log({f"{HELD_OUT}{row.task}": row.model for row in rows}, step=step)
+    able = [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]
+    pictures = {name: picture_of(drawn) for name, drawn in held_out.pictures().items()} if able else {}
+    for tracker in able:
+        many = tracker.name in ("tensorboard", "wandb", "swanlab")  # they take lists of pictures, others one
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        shown = {name: picture[None] if many else picture for name, picture in pictures.items()}
+        tracker.log_images(shown, step=step, **options)
+    return rows
+
+
+def open_run(recipe: Recipe, start: int, steps: int, world: int, console: Console) -> None:
+    """Make the run folder, save the resolved recipe, note the start, and cut the metrics back to where we start.
 
     A new run moves an earlier one of the same name out of its way.
     """
@@ -334,6 +349,7 @@ def open_run(recipe: Recipe, start: int, steps: int, console: Console) -> None:
         )
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    note_start(run, start, world)
     cut(run, start, start == steps)
 
 

@@ -19,6 +19,7 @@ ORDER = (
     {
         "processes",
         "machine",
+        "matmul",
         "types",
         "random",
         "signals",
@@ -80,7 +81,9 @@ ORDER = (
         "card",
         "guard",
     },
-    {"model", "metrics"},
+    {"model", "metrics", "seeing"},
+    {"build"},
+    {"cost"},
     {"processor", "evaluate", "tokenizer_model"},
     {"foreign"},
     {"formats"},

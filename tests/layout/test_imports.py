@@ -16,6 +16,8 @@ COMPOSING |= {
     "initialise",
     "convert",
     "bench_data",
+    "build",
+    "cost",
     "tokenize_data",
     "saving",
     "testing.learning",
