@@ -6,9 +6,10 @@ Letters: B batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from m3.build import meta_model
@@ -68,13 +69,23 @@ def _count(model: M3Model, samples: int, active: tuple[str, ...] | None) -> tupl
             kept.append(x)  # keeps the storage alive, so that its address is not used again
         return x
 
+    def note_inputs(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for x in (*args, *kwargs.values()):
+            if isinstance(x, Tensor) and x.requires_grad:
+                note(x)
+
     kept: list[Tensor] = []
+    # A block that is computed again keeps what goes into it, which autograd is not told.
+    again = [layer for layer in model.layers() if layer.is_recomputed]
+    hooks = [layer.register_forward_pre_hook(note_inputs, with_kwargs=True) for layer in again]
     with FlopCounterMode(display=False) as counter:
         prepared = model.prepare(meta_batch(model, samples), active=active)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
             loss = model(prepared).loss
         forward = counter.get_total_flops()
         loss.backward()
+    for hook in hooks:
+        hook.remove()
     return forward, counter.get_total_flops(), sum(saved.values())
 
 

@@ -21,6 +21,8 @@ def print_summary(recipe: Recipe) -> None:
     """Print the resolved recipe and the tables."""
     console = Console()
     model = meta_model(recipe)
+    if recipe.train.checkpoint_activations:
+        model.recompute()
     spent = cost(model)
     console.print(Syntax(dump_recipe(recipe).rstrip(), "yaml", background_color="default"))
     console.print(_parameter_table(model))

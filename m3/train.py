@@ -57,7 +57,10 @@ from m3.types import Loss
 def build_model(recipe: Recipe) -> M3Model:
     """Make the model of a recipe with the weights of its seed."""
     set_seed(recipe.seed)
-    return M3Model(model_config(recipe))
+    model = M3Model(model_config(recipe))
+    if recipe.train.checkpoint_activations:
+        model.recompute()
+    return model
 
 
 def open_source(recipe: Recipe, model: M3Model, split: Split) -> Source:

@@ -24,6 +24,7 @@ ORDER = (
         "random",
         "signals",
         "linear",
+        "layer",
         "drawing",
         "points",
         "samples",
