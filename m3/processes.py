@@ -42,6 +42,14 @@ def gather(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+@torch.no_grad()
+def summed(x: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes; every process must call it, with the same shape."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
 def of_first(value: T) -> T:
     """Return what the first process gave; every process must call it."""
     held = [value]

@@ -19,9 +19,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, set_seed
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, set_seed
 from rich.console import Console
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from m3 import checkpoint
 from m3.build import model_config
@@ -52,6 +53,7 @@ from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, m
 from m3.seeing import padding, picture_of, progress_bar, show_line
 from m3.show import count_parameters
 from m3.types import Loss
+from m3.unused import Unused
 
 
 def build_model(recipe: Recipe) -> M3Model:
@@ -200,8 +202,6 @@ def open_processes(spec: TrainSpec, run: Path) -> Accelerator:
         log_with=list(spec.trackers) or None,
         project_dir=str(run),
         kwargs_handlers=[
-            # A step of one drawn objective leaves the heads of the others without gradient.
-            DistributedDataParallelKwargs(find_unused_parameters=bool(spec.mix)),
             InitProcessGroupKwargs(timeout=timedelta(seconds=spec.timeout)),
         ],
     )
@@ -249,6 +249,7 @@ def gradients(
     total = add_over_processes(accelerator, own)
     counts = dict(zip(names, total, strict=True))
     pools = step_pools(accelerator, network, prepared) if model.is_coupled and len(prepared) > 1 else None
+    is_replicated = isinstance(getattr(network, "_orig_mod", network), DistributedDataParallel)
     sums, watched = torch.zeros_like(total), {}
     for turn, micro in enumerate(prepared):
         is_last = turn == len(prepared) - 1
@@ -256,7 +257,11 @@ def gradients(
             with accelerator.autocast():
                 loss: Loss = network(micro, pools[turn] if pools else None).parts
             # Gradients are averaged over processes; the loss is a sum over them.
-            accelerator.backward(loss.total(counts) * accelerator.num_processes)
+            total_loss = loss.total(counts) * accelerator.num_processes
+            unused = Unused(total_loss, model) if is_last and is_replicated else None
+            accelerator.backward(total_loss + unused.touched() if unused else total_loss)
+            if unused:
+                unused.forget()
         sums += torch.stack([loss.parts[name].sum.detach().float() for name in names])
         watched = loss.watched
     return names, sums, total, watched

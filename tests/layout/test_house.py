@@ -34,7 +34,7 @@ ORDER = (
         "plugin_template",
         "overrides",
     },
-    {"plugins", "parts"},
+    {"plugins", "parts", "unused"},
     {
         "positions",
         "attention",
