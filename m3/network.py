@@ -137,6 +137,9 @@ class Network(Encoder):
         for name in only_targets(objectives, seen):  # they are never embedded
             self.tokenizers[name].requires_grad_(False)
 
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """Return None, for libraries that ask (Accelerate's FSDP): every modality has an embedding of its own."""
+
     def layers(self) -> list[Layer]:
         """Return the blocks of all transformers: of the backbone, towers and decoders."""
         return [module for module in self.modules() if isinstance(module, Layer)]

@@ -6,7 +6,6 @@ accelerate launch -m m3.train RECIPE [a.b=c ...] [--resume]      the same code a
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 from contextlib import nullcontext
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from m3 import checkpoint
-from m3.build import model_config
+from m3.build import meta_model, model_config
 from m3.cost import highest_speed
 from m3.data.loader import Order, Samples, buckets_of, train_loader
 from m3.data.source import Source, Split, describe_coverage
@@ -44,11 +43,11 @@ from m3.monitors import Health, Watch
 from m3.network import Prepared
 from m3.plugins import Pool
 from m3.preemption import Preempted, Preemption, explained
-from m3.processes import concatenate, gather
+from m3.processes import concatenate, gather, whole
 from m3.progress import HELD_OUT, METRICS, Clock, Lines, Skipped, cut, means
 from m3.provenance import note_start
 from m3.recipe import Recipe, TrainSpec, dump_recipe
-from m3.saving import Parts, Saver, restore, save_model
+from m3.saving import Parts, Saver, facts_of, restore, save_model
 from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, momentum, plan_run, set_rates
 from m3.seeing import padding, picture_of, progress_bar, show_line
 from m3.show import count_parameters
@@ -94,7 +93,8 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     check_mix(spec.mix, list(raw_model.objectives))
     if recipe.init and not (resume and checkpoint.newest(run)):
         console.print(load_weights(raw_model, recipe.init), soft_wrap=True)
-    tasks = build_tasks(recipe.evaluate.tasks, raw_model, recipe.seed)
+    plain_model = whole_model(accelerator, recipe, raw_model)
+    tasks = build_tasks(recipe.evaluate.tasks, plain_model, recipe.seed)
     source = open_source(recipe, raw_model, "train")
     samples = Samples(source, raw_model.modalities, recipe.data, recipe.seed)
     length = None if source.stream else len(source)
@@ -109,7 +109,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     skipped = Skipped(console, "samples", length, recipe.data.max_unreadable)
     unseen = open_source(recipe, raw_model, "held_out")
     metrics = Lines(run / METRICS, console)
-    held_out = HeldOut(recipe, raw_model, tasks, samples, unseen, skipped, console, metrics)
+    held_out = HeldOut(recipe, plain_model, tasks, samples, unseen, skipped, console, metrics)
 
     # ------------------------------------------------------------------------------------ where to start
     facts = facts_of(recipe, raw_model, plan, len(source))
@@ -144,7 +144,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             set_rates(optimizer, step, spec, plan)
             guard.begin()
             names, sums, counts, watched = gradients(accelerator, raw_model, network, prepared)
-            norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
+            norm = whole(accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf")))  # type: ignore[arg-type]
             sums = add_over_processes(accelerator, torch.cat([sums, sums.new_full((1,), asked.is_asked)]))
             guard.judge(step + 1, micro_batches, prepared, sums, norm)  # a step that is not finite changes nothing
             optimizer.step()
@@ -163,7 +163,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             if done % spec.log_every == 0 or done == plan.steps:
                 values = means(names, sums[:-1], counts)
                 seen = values | watch(watched, done) | guard.counted | padding(prepared)
-                line = clock.line(done, seen, learning_rate(step, plan), float(norm), len(skipped.messages))
+                line = clock.line(done, seen, learning_rate(step, plan), float(norm), skipped.by_origin)
                 accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
                 show_line(bar, line, values)
                 if accelerator.is_main_process:
@@ -171,7 +171,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                     health(line, values)
             reported = time.perf_counter()
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
-                saver.measured(evaluate(accelerator, held_out, done), done)
+                saver.measured(evaluate(accelerator, model, held_out, done), done)
             if saver.is_due(done) or guard.is_stopping:
                 guard.settle(is_all=True, is_end=done == plan.steps)
                 saver.save(done, is_needed=done == plan.steps or guard.is_stopping)
@@ -180,10 +180,9 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 raise Preempted(f"{recipe.name} was asked to stop and is saved at step {done}; go on with --resume.")
 
     # --------------------------------------------------------------------------------------------- finish
-    rows: list[Row] = []
+    rows = evaluate(accelerator, model, held_out, plan.steps, "preview.png")
     if accelerator.is_main_process:
-        save_model(recipe, raw_model, average, plan.steps)
-        rows = evaluate(accelerator, held_out, plan.steps, "preview.png")
+        save_model(recipe, plain_model, average, plan.steps)
         held_out.conclude(rows, console)
     del model, network  # gloo can hang for ever when DDP is freed after its process group (pytorch issue 190489)
     accelerator.free_memory()
@@ -299,6 +298,7 @@ def describe(console: Console, recipe: Recipe, model: M3Model, plan: Plan, accel
         f"{spec.batch_size} samples ({accelerator.num_processes} process(es) x {plan.accumulation} x "
         f"{plan.micro_batch}), learning rate {plan.lr:g} ({rule}), {accelerator.device.type} in "
         f"{'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}, {torch.get_num_threads()} threads"
+        f"{', FSDP' if accelerator.distributed_type.name == 'FSDP' else ''}"
     )
     if plan.warmup >= plan.steps > 1:
         console.print(
@@ -308,28 +308,43 @@ def describe(console: Console, recipe: Recipe, model: M3Model, plan: Plan, accel
         )
 
 
-def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[str, Any]:
-    """Return what a checkpoint says of its run: the model, what decides the order of the data, and the plan."""
-    config = model.config
-    order = {
-        "seed": recipe.seed,
-        "data": recipe.data.model_dump(mode="json", exclude={"workers", "max_unreadable"}),
-        "train.batch_size": recipe.train.batch_size,
-        "number of training samples": samples,
-    }
-    described = {name: getattr(config, name) for name in ("modalities", "backbone", "towers", "objectives")}
-    return json.loads(json.dumps({"model": described, "order": order, "plan": plan._asdict()}))
+def whole_model(accelerator: Accelerator, recipe: Recipe, model: M3Model) -> M3Model:
+    """Return the model that is measured and saved by the first process: the trained one, or a copy where it is cut up.
+
+    Raises:
+        M3Error: the recipe needs something that does not work with weights that are cut up.
+    """
+    if accelerator.distributed_type.name == "DEEPSPEED":
+        raise M3Error(
+            "DeepSpeed's engine can't be used, since it moves the weights before a step can be judged; launch with "
+            "recipes/accelerate/zero2.yaml or fsdp2.yaml, which share out the same without it."
+        )
+    if accelerator.distributed_type.name != "FSDP":
+        return model
+    if recipe.train.ema:
+        raise M3Error(
+            "train.ema: an average of weights that are cut up over processes is not kept; remove it, or launch with "
+            "recipes/accelerate/eight_gpus.yaml."
+        )
+    return build_model(recipe).to(accelerator.device) if accelerator.is_main_process else meta_model(recipe)  # type: ignore[arg-type]
 
 
-def evaluate(accelerator: Accelerator, held_out: HeldOut, step: int, picture: str | None = None) -> list[Row]:
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, held_out: HeldOut, step: int, picture: str | None = None
+) -> list[Row]:
     """Measure on held-out samples and show the trackers what came out; the first process does, others return nothing.
 
     Args:
         accelerator: with the trackers.
+        model: the trained one; every process must take part where it is cut up.
         held_out: what is measured.
         step: steps that are done.
         picture: as in `HeldOut.evaluate`.
     """
+    if accelerator.distributed_type.name == "FSDP":
+        weights = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            held_out.model.load_state_dict(weights)
     if not accelerator.is_main_process:
         return []
     rows = held_out.evaluate(step, picture)

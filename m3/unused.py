@@ -52,6 +52,6 @@ def _reached(loss: Tensor) -> set[int]:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
-            found.add(id(node.variable))
+            found.add(id(node.variable))  # type: ignore[attr-defined]  # of AccumulateGrad
         waiting.extend(following for following, _ in node.next_functions)
     return found

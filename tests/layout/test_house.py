@@ -49,6 +49,7 @@ ORDER = (
         "data.geometry",
         "data.clouds",
         "data.files",
+        "data.remote",
         "value_tokens",
         "preemption",
     },

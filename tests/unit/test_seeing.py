@@ -85,7 +85,7 @@ def test_utilisation_is_worked_out_once_a_run_has_lasted(monkeypatch) -> None:
     lines = []
     for step in range(1, 5):
         clock.since -= 12.5
-        lines.append(clock.line(step, {}, 0.1, 1.0, 0))
+        lines.append(clock.line(step, {}, 0.1, 1.0, {}))
     assert ["utilisation" in line for line in lines] == [False, False, True, True]
     assert lines[-1]["utilisation"] == pytest.approx(lines[-1]["samples_per_second"] / 100)
     assert len(asked) == 1
