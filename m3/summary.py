@@ -14,11 +14,13 @@ from m3.build import meta_model
 from m3.cost import cost, meta_batch
 from m3.model import M3Model
 from m3.recipe import Recipe, dump_recipe
+from m3.scale import ASSUMED, shares
+from m3.schedule import micro_batches
 from m3.show import count_parameters
 
 
-def print_summary(recipe: Recipe) -> None:
-    """Print the resolved recipe and the tables."""
+def print_summary(recipe: Recipe, world: int | None = None) -> None:
+    """Print the resolved recipe and the tables; with `world`, what each of so many processes holds and sends."""
     console = Console()
     model = meta_model(recipe)
     if recipe.train.checkpoint_activations:
@@ -35,6 +37,20 @@ def print_summary(recipe: Recipe) -> None:
         f"a micro-batch of {micro} in fp32 = {_bytes(spent.state_bytes + activations)} "
         f"(one process; set train.micro_batch to make it smaller)"
     )
+    if world:
+        console.print(_scale_table(recipe, model, world))
+
+
+def _scale_table(recipe: Recipe, model: M3Model, world: int) -> Table:
+    micro, turns = micro_batches(recipe.train, world)
+    table = Table(title=f"Each of {world} processes, {turns} micro-batch(es) of {micro}", title_justify="left")
+    table.caption, table.caption_justify, table.caption_style = ASSUMED, "left", ""
+    for column in ("recipes/accelerate", "weights", "gradients", "optimizer", "activations", "memory", "sent per step"):
+        table.add_column(column, justify="left" if column == "recipes/accelerate" else "right")
+    for name, share in shares(recipe, model, world).items():
+        held = (share.weights, share.gradients, share.optimizer, share.activations, share.total)
+        table.add_row(name, *map(_bytes, held), f"{_bytes(share.sent)}\n{share.by}")
+    return table
 
 
 def _parameter_table(model: M3Model) -> Table:

@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from m3.check import shrink
+from m3.data import shards
 from m3.data.loader import Samples, far_away, first_batches
 from m3.data.remote import Patience, Remote
 from m3.data.source import open_source
@@ -23,12 +23,10 @@ QUICK = {"retries": 3, "wait": 0.001, "pause": 60.0}
 
 
 def tars(folder: Path, count: int, per_tar: int = 20) -> list[Path]:
-    """Write tars of pictures whose first pixel is their number."""
+    """Write tars of pictures."""
     paths = []
     for number in range(count):
-        members = {
-            f"{number}_{i:02d}.png": png(np.full((8, 8, 3), number * per_tar + i, np.uint8)) for i in range(per_tar)
-        }
+        members = {f"{number}_{i:02d}.png": png(i) for i in range(per_tar)}
         paths.append(folder / f"{number:03d}.tar")
         write_tar(paths[-1], members)
     return paths
@@ -53,12 +51,14 @@ def train_and_break(recipe: Recipe, monkeypatch: pytest.MonkeyPatch, damage, at:
         return collate(self, samples)
 
     monkeypatch.setattr(Samples, "collate", collating)
+    monkeypatch.setattr("m3.held_out.preview", lambda *_: None)  # drawing takes longer than all steps
     train(recipe)
     return [json.loads(line) for line in (recipe.folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def remove(tar: Path) -> None:
     tar.unlink()
+    shards._descriptor.cache_clear()  # as long as it is open, a file that was removed can be read
 
 
 def truncate(tar: Path) -> None:
@@ -75,7 +75,6 @@ def corrupt(tar: Path) -> None:
 @pytest.mark.parametrize("damage", [remove, truncate, corrupt])
 def test_a_tar_that_breaks_in_the_middle_of_a_run_is_skipped(tmp_path: Path, monkeypatch, capsys, damage) -> None:
     paths = tars(tmp_path / "data", 5)
-    monkeypatch.setattr("m3.data.shards._descriptor", __import__("m3.data.shards", fromlist=["_Descriptor"])._fresh)
     run = recipe(str(tmp_path / "data"), tmp_path / "run", max_unreadable=0.5)
     lines = train_and_break(run, monkeypatch, lambda: damage(paths[2]))
     last = lines[-1]
@@ -90,7 +89,6 @@ def test_a_tar_that_breaks_in_the_middle_of_a_run_is_skipped(tmp_path: Path, mon
 def test_past_the_limit_the_run_ends_with_a_sentence(tmp_path: Path, monkeypatch) -> None:
     paths = tars(tmp_path / "data", 3)
     run = recipe(str(tmp_path / "data"), tmp_path / "run", max_unreadable=0.0)
-    monkeypatch.setattr("m3.data.shards._descriptor", __import__("m3.data.shards", fromlist=["_Descriptor"])._fresh)
     with pytest.raises(M3Error, match=r"can't be read, more than data.max_unreadable = 0.0"):
         train_and_break(run, monkeypatch, lambda: [remove(path) for path in paths[:2]])
 
@@ -106,6 +104,11 @@ class Flaky(MemoryFileSystem):
 
     protocol = "flaky"
     cachable = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
     left = asked = 0
     seconds = 0.0
 
@@ -139,8 +142,7 @@ def test_a_store_that_fails_a_few_times_loses_no_sample(store: str) -> None:
     data = samples(store)
     for failures in range(4):
         Flaky.left, Flaky.asked = failures, 0
-        (batch,) = first_batches(data, 1, 1)
-        assert (batch.ids, batch.skipped) == (("0_00",), ())
+        assert data.source.read(failures).id == f"0_{failures:02d}"
         assert Flaky.asked == failures + 1
 
 
