@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def overhead(recipe: Recipe, steps: int, as_json: bool) -> dict[str, Any]:
         lines = read_json_lines(Path(folder) / METRICS)
     found = [line["seconds"] for line in lines if "seconds" in line]
     waits = [line["data_wait"] for line in lines if "seconds" in line]
-    inside = [later - earlier for earlier, later in zip(spent[1:], spent[2:], strict=False)]
+    inside = [later - earlier for earlier, later in pairwise(spent[:-1])]  # of the second step on
     shares = [1 - part / whole for part, whole in zip(inside, found, strict=True)]
     now = psutil.cpu_times()
     result = {
