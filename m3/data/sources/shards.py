@@ -66,7 +66,9 @@ class Shards(Source):
             return decode(self.stored(index), self.modalities)
         except M3Error as error:
             address = self.origin(index)
-            raise error if str(error).startswith(address) else M3Error(f"{address}: {error}") from error
+            if str(error).startswith(address):
+                raise
+            raise M3Error(f"{address}: {error}") from error
 
     def stored(self, index: int) -> StoredSample:
         """Return the members of one sample byte for byte."""
