@@ -16,6 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from torch import Tensor, nn
 
 from m3.attention import SelfAttention, key_mask
+from m3.layer import Layer, recomputable
 from m3.linear import Linear
 from m3.plugins import Strict
 from m3.random import Draws
@@ -189,7 +190,7 @@ class SwiGLU(nn.Module):
         return self.fc2(F.silu(self.fc1(x)) * self.fc3(x))
 
 
-class Block(nn.Module):
+class Block(Layer):
     """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)); post-norm: norm(x + attention(x)), ..."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, eps: float, style: Style = PLAIN) -> None:
@@ -203,6 +204,7 @@ class Block(nn.Module):
         if style.layer_scale is not None:
             self.scale1, self.scale2 = Scale(width, style.layer_scale), Scale(width, style.layer_scale)
 
+    @recomputable
     def forward(
         self,
         x: Tensor,

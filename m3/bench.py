@@ -20,17 +20,17 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from m3.build import meta_model
+from m3.cost import cost
 from m3.data.loader import Samples, first_batches
 from m3.errors import M3Error
-from m3.linear import linear
 from m3.machine import use_bf16
+from m3.matmul import matmul_rate, seconds
 from m3.memory import compiled, keep_freed_memory
 from m3.recipe import DataSpec, Recipe
 from m3.schedule import make_optimizer
-from m3.summary import cost, meta_model
 from m3.train import build_model, open_source
 
-MATMUL = 2048
 WARM_UP = 2
 
 
@@ -179,26 +179,10 @@ def _time(
 
     for _ in range(WARM_UP):
         step()
-    times = [_seconds(step) for _ in range(steps)]
+    times = [seconds(step) for _ in range(steps)]
     memory = _peak_memory() - before
-    rate = _matmul_rate(torch.bfloat16 if bf16 else torch.float32)
+    rate = matmul_rate(torch.bfloat16 if bf16 else torch.float32)
     return {"seconds": statistics.median(times), "matmul": rate, "memory": memory, "batch": micro_batch(recipe)}
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _matmul_rate(dtype: torch.dtype) -> float:
-    """Return FLOP/s of a square matrix product of random numbers: the best of several by torch's and our product."""
-    a, b = (torch.randn(MATMUL, MATMUL, device=_device(), dtype=dtype) for _ in range(2))
-    with torch.no_grad():
-        times = [min(_seconds(lambda: a @ b), _seconds(lambda: linear(a, b))) for _ in range(9)]
-    return 2 * MATMUL**3 / min(times[1:])
 
 
 def _peak_memory() -> float:

@@ -49,13 +49,15 @@ def _parser() -> argparse.ArgumentParser:
 
     command = add("train", _train, "train a recipe")
     command.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run")
-    add("show", _show, "print the resolved recipe, parameters, tokens, FLOPs and memory")
+    command = add("show", _show, "print the resolved recipe, parameters, tokens, FLOPs and memory")
+    command.add_argument("--world", type=int, help="also memory and communication of each of so many processes")
     add("check", _check, "build a recipe tiny, run three steps, save and reload")
     text = "measure training speed, utilisation and memory, of further recipes in the same run; `data RECIPE`: reading"
     command = add("bench", _bench, text)
     command.add_argument("--batch", type=int, help="samples of a step (default the micro-batch, at most 8 on a CPU)")
     command.add_argument("--samples", type=int, default=512, help="with `data`: samples that are read (default 512)")
     command.add_argument("--against", choices=["transformers"], help="measure this peer in the same run")
+    command.add_argument("--overhead", action="store_true", help="measure the trainer's own share of a step instead")
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--steps", type=int, default=5, help="timed steps, the median counts (default 5)")
     command.add_argument("--rounds", type=int, default=3, help="how often each is measured, in turn (default 3)")
@@ -151,7 +153,9 @@ def _show(options: argparse.Namespace) -> None:
     from m3.recipe import load_recipe
     from m3.summary import print_summary
 
-    print_summary(load_recipe(options.recipe, options.overrides))
+    if options.world is not None and options.world < 1:
+        raise M3Error("--world is a number of processes, 1 or more.")
+    print_summary(load_recipe(options.recipe, options.overrides), options.world)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -164,6 +168,7 @@ def _check(options: argparse.Namespace) -> None:
 def _bench(options: argparse.Namespace) -> None:
     from m3.bench import bench
     from m3.bench_data import bench_data
+    from m3.overhead import overhead
     from m3.recipe import load_recipe
 
     if options.recipe == "data":
@@ -175,6 +180,9 @@ def _bench(options: argparse.Namespace) -> None:
     others = [word for word in options.overrides if "=" not in word]
     overrides = [word for word in options.overrides if "=" in word]
     recipes = [load_recipe(name, overrides) for name in (options.recipe, *others)]
+    if options.overhead:
+        overhead(recipes[0], options.steps, options.json)
+        return
     bench(recipes, options.against, options.json, options.steps, options.rounds, options.batch)
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from m3.attention import CrossAttention, SelfAttention
 from m3.backbone import BackboneSpec, Scale, feed_forward
+from m3.layer import Layer, recomputable
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(Layer):
     """Pre-norm block: x + self-attention, then x + attention to the context, then x + mlp."""
 
     def __init__(self, spec: BackboneSpec) -> None:
@@ -33,6 +34,7 @@ class DecoderBlock(nn.Module):
         self.mlp = feed_forward(width, spec.mlp_ratio, style)
         self.scale1, self.scale2, self.scale3 = scale(), scale(), scale()
 
+    @recomputable
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None, context_mask: Tensor | None) -> Tensor:
         """Map (B, T, D) to (B, T, D).
 

@@ -59,6 +59,7 @@ class HeldOut:
         self.train, self.train_skipped = train, skipped
         self.samples, self.skipped = train, skipped
         self.has_picture = bool(predictors(model))
+        self.drawn: Path | None = None
         self.is_there = len(source) > 0
         if self.is_there:
             self.samples = Samples(source, model.modalities, recipe.data, recipe.seed)
@@ -89,8 +90,8 @@ class HeldOut:
             shown = [task["visible"] for task in spec.tasks.values() if task.get("visible")]
             views = {"masked": None} | {f"from {', '.join(visible)}": visible for visible in shown}
             batch = self.skipped.count(next(first_batches(self.samples, spec.preview_rows, spec.preview_rows)))
-            file = self.recipe.folder / (picture or f"previews/step-{step:08d}.png")
-            preview(self.model, batch.to(self.model.device), views, file, seed)
+            self.drawn = self.recipe.folder / (picture or f"previews/step-{step:08d}.png")
+            preview(self.model, batch.to(self.model.device), views, self.drawn, seed)
         self.model.train()
         return rows
 
@@ -119,6 +120,11 @@ class HeldOut:
     def figures(self) -> dict[str, Figure]:
         """Return title -> picture of what was measured last."""
         return {title: figure for task in self.tasks for title, figure in task.figures().items()}
+
+    def pictures(self) -> dict[str, Figure | Path]:
+        """Return title -> what was drawn last, predictions first."""
+        drawn: dict[str, Figure | Path] = {"predictions": self.drawn} if self.drawn and self.drawn.is_file() else {}
+        return drawn | self.figures()
 
     def conclude(self, rows: list[Row], console: Console) -> None:
         """Print what there is to see at the end of a run."""

@@ -18,6 +18,7 @@ from m3.backbone import Backbone, BackboneSpec, TowerSpec
 from m3.config import M3Config
 from m3.encoder import Encoder
 from m3.errors import M3Error, nearest, read_settings, within
+from m3.layer import Layer
 from m3.masker import Masker
 from m3.partners import Swap, check_swap, draw_partners, swapped
 from m3.parts import build_spec
@@ -88,7 +89,6 @@ class Network(Encoder):
     config_class = M3Config
     base_model_prefix = "m3"
     main_input_name = "batch"
-    _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' own form)
 
     def __init__(self, config: M3Config) -> None:
         super().__init__(config)
@@ -132,9 +132,22 @@ class Network(Encoder):
         for view in self.views:
             check_swap(view, able)
         self.post_init()
+        self._no_split_modules = sorted({type(layer).__name__ for layer in self.layers()})  # what FSDP cuts up by
         self._freeze({name for name, tower in {"": spec, **towers}.items() if tower.frozen})
         for name in only_targets(objectives, seen):  # they are never embedded
             self.tokenizers[name].requires_grad_(False)
+
+    def get_input_embeddings(self) -> None:  # type: ignore[override]
+        """Return None, for libraries that ask (Accelerate's FSDP): every modality has an embedding of its own."""
+
+    def layers(self) -> list[Layer]:
+        """Return the blocks of all transformers: of the backbone, towers and decoders."""
+        return [module for module in self.modules() if isinstance(module, Layer)]
+
+    def recompute(self) -> None:
+        """Compute what is in each block again in the backward pass instead of keeping it."""
+        for layer in self.layers():
+            layer.is_recomputed = True
 
     def _build_towers(self, spec: BackboneSpec, towers: dict[str, TowerSpec]) -> dict[str, None]:
         """Make the transformers that the views need, with what is added to tokens; return what the views read."""

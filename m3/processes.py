@@ -42,6 +42,19 @@ def gather(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     return result
 
 
+@torch.no_grad()
+def summed(x: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes; every process must call it, with the same shape."""
+    if world() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return all of a tensor that may be cut up over the processes; all of them must call it then."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[attr-defined]  # a DTensor has it
+
+
 def of_first(value: T) -> T:
     """Return what the first process gave; every process must call it."""
     held = [value]

@@ -7,7 +7,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,8 @@ class Skipped:
     def __init__(self, console: Console, what: str, samples: int | None, limit: float) -> None:
         self.console, self.what, self.samples, self.limit = console, what, samples, limit
         self.seen = self.fitted = 0
-        self.messages: dict[str, None] = {}
+        self.messages: dict[str, str] = {}
+        """Sentence -> origin of the sample."""
 
     def count(self, batch: Batch, is_trained_on: bool = True) -> Batch:
         """Count what this process could not read and return the batch; raise past the limit, naming the first.
@@ -43,10 +45,10 @@ class Skipped:
             self.seen += len(batch)
         else:
             self.fitted += len(batch)
-        for message in batch.skipped:
+        for message, origin in zip(batch.skipped, batch.origins, strict=True):
             if message not in self.messages and len(self.messages) < 3:
                 self.console.print(f"[yellow]skipped[/] {message}", highlight=False, soft_wrap=True)
-            self.messages[message] = None
+            self.messages[message] = origin
         seen = self.seen + self.fitted
         seen = seen if self.samples is None else min(seen, self.samples)
         if len(self.messages) > 10 + self.limit * seen:
@@ -58,24 +60,43 @@ class Skipped:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was counted, for a checkpoint."""
-        return {"seen": self.seen, "messages": list(self.messages)}
+        return {"seen": self.seen, "messages": self.messages}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on counting from a checkpoint."""
-        self.seen, self.messages = state["seen"], dict.fromkeys(state["messages"])
+        self.seen, self.messages = state["seen"], dict(state["messages"])
+
+    @property
+    def by_origin(self) -> dict[str, int]:
+        """How many were skipped of each part of the data, most first."""
+        return dict(Counter(self.messages.values()).most_common())
 
     def report(self) -> None:
         """Say at the end of a run how many were skipped."""
         if self.messages:
             count, first = len(self.messages), next(iter(self.messages))
             self.console.print(f"[yellow]{count} unreadable {self.what} were skipped[/]: {first}", highlight=False)
+            for origin, skipped in self.by_origin.items():
+                self.console.print(f"  {skipped} of {origin}", highlight=False, soft_wrap=True)
 
 
 class Clock:
     """Measures speed and waiting between two lines of metrics."""
 
-    def __init__(self, start: int, batch_size: int) -> None:
-        self.batch_size = batch_size
+    PATIENCE = 30.0
+    """Seconds of training after which a run is worth the seconds that `highest` takes."""
+
+    def __init__(self, start: int, batch_size: int, highest: Callable[[], float] | None = None) -> None:
+        """Start measuring.
+
+        Args:
+            start: steps that are done.
+            batch_size: samples of a step, on all processes.
+            highest: measures the samples/s that utilisation is a share of; None: utilisation is not told.
+        """
+        self.batch_size, self.measure_highest = batch_size, highest
+        self.highest: float | None = None
+        self.trained = 0.0
         self.restart(start)
 
     def restart(self, step: int) -> None:
@@ -93,11 +114,14 @@ class Clock:
         yield
         self.waited += time.perf_counter() - start
 
-    def line(self, step: int, values: dict[str, float], lr: float, norm: float, skipped: int) -> dict[str, Any]:
+    def line(
+        self, step: int, values: dict[str, float], lr: float, norm: float, skipped: dict[str, int]
+    ) -> dict[str, Any]:
         """Make one line of metrics for the steps since the last one; the first step of a run has no speed.
 
         Values that are not finite are left out: JSON has none, and the step was skipped. `seconds` are those of
-        training alone; summed up over the lines of a run they are its time.
+        training alone; summed up over the lines of a run they are its time. `skipped` is the number of unreadable
+        samples, `skipped_of` that of each part of the data.
         """
         seconds, steps = time.perf_counter() - self.since, step - self.step
         measured = {**values, "lr": lr, "gradient_norm": norm}
@@ -105,9 +129,18 @@ class Clock:
         if steps:
             line |= {"samples_per_second": steps * self.batch_size / seconds, "data_wait": self.waited / seconds}
             line["seconds"] = seconds
-        line["skipped"] = skipped
+            line |= self._utilisation(line["samples_per_second"], seconds)
+        line["skipped"] = sum(skipped.values())
+        line |= {"skipped_of": skipped} if skipped else {}
         self.restart(step)
         return line
+
+    def _utilisation(self, speed: float, seconds: float) -> dict[str, float]:
+        """Return the share of the highest speed that is reached, once the run has lasted."""
+        self.trained += seconds
+        if self.measure_highest and self.highest is None and self.trained > self.PATIENCE:
+            self.highest = self.measure_highest()
+        return {"utilisation": speed / self.highest} if self.highest else {}
 
 
 def means(names: list[str], sums: Tensor, counts: Tensor) -> dict[str, float]:

@@ -25,12 +25,14 @@ PACKAGES = ("torch", "transformers", "accelerate", "timm", "open-clip-torch", "t
 def note_start(run: Path, step: int, processes: int) -> None:
     """Append how, when and where this process was started to the run's `run.json`.
 
+    No earlier start is lost: a new run has moved those of another one out of its folder before it calls this.
+
     Args:
         run: run folder, which exists.
         step: step that the run starts or continues at.
         processes: number of training processes.
     """
-    starts = read_starts(run) if step else []
+    starts = read_starts(run)
     starts.append(
         {
             "step": step,

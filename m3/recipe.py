@@ -184,6 +184,8 @@ class TrainSpec(Strict):
         precision: `bf16`, `fp32`, or `auto`: bf16 where the device computes it natively.
         threads: CPU threads per process, on a run without GPU; null: the cores shared out among the processes.
         compile: run the network through torch.compile.
+        checkpoint_activations: keep only what goes into each block of a transformer, and compute what is in it again in
+            the backward pass: less memory for a third more work, and the same gradients.
         ema: momentum of an averaged copy of the weights: one number, or a `Momentum`; null: none. It is saved beside
             the model as `model_ema` and is the teacher of objectives that learn from one (`latent`).
         log_every: steps between two lines of metrics.
@@ -222,6 +224,7 @@ class TrainSpec(Strict):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     threads: PositiveInt | None = None
     compile: bool = False
+    checkpoint_activations: bool = False
     ema: Momentum | None = None
     log_every: PositiveInt = 10
     save_every: PositiveInt | None = None

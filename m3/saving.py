@@ -1,11 +1,12 @@
 """Checkpoints and models of a run: what is in them, when they are written, and how a run goes on from one.
 
 Every process hands what it alone knows to the first, which writes; so a write in the background needs no other
-process. Weights that are cut up over processes (FSDP, DeepSpeed) are written by Accelerate instead, by all.
+process. Weights that are cut up over processes (FSDP) are written by Accelerate instead, by all.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,12 +22,13 @@ from torch import Tensor, nn
 
 from m3 import checkpoint
 from m3.data.loader import Order
+from m3.data.remote import Patience
 from m3.data.stream import StreamOrder, save_place
 from m3.ema import Average
 from m3.errors import M3Error, nearest
 from m3.evaluate.task import Row
 from m3.model import M3Model
-from m3.processes import gathered, of_first
+from m3.processes import gathered, of_first, whole
 from m3.processor import M3Processor
 from m3.progress import Lines, Skipped, no_progress_bars, not_finite
 from m3.recipe import Recipe, dump_recipe
@@ -38,6 +40,23 @@ if TYPE_CHECKING:
 MODEL, EMA, OPTIMIZER = "model.safetensors", "ema.safetensors", "optimizer.pt"
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 """What a full disk or a folder that may not be written raises: torch.save and safetensors have their own."""
+
+
+UNIMPORTANT = {"workers": True, "max_unreadable": True, "options": set(Patience.model_fields)}
+"""Keys of `data` that change no sample."""
+
+
+def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[str, Any]:
+    """Return what a checkpoint says of its run: the model, what decides the order of the data, and the plan."""
+    config = model.config
+    order = {
+        "seed": recipe.seed,
+        "data": recipe.data.model_dump(mode="json", exclude=UNIMPORTANT),
+        "train.batch_size": recipe.train.batch_size,
+        "number of training samples": samples,
+    }
+    described = {name: getattr(config, name) for name in ("modalities", "backbone", "towers", "objectives")}
+    return json.loads(json.dumps({"model": described, "order": order, "plan": plan._asdict()}))
 
 
 class Parts(NamedTuple):
@@ -86,7 +105,7 @@ class Saver:
         self.every = self.spec.save_every or max(1, self.steps // 10)
         newest = checkpoint.newest(self.run)
         self.best: dict[str, Any] | None = checkpoint.read_state(newest).get("best") if newest else None
-        self.is_sharded = accelerator.distributed_type.name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "TP")
+        self.is_sharded = accelerator.distributed_type.name in ("FSDP", "MEGATRON_LM", "TP")
         if self.is_sharded and self.spec.save_in_background:
             raise M3Error(
                 "train.save_in_background: weights that are cut up over processes are written by all of them, in the "
@@ -134,7 +153,7 @@ class Saver:
         """
         self.finish()
         # Their norm is infinite or NaN where one of them is, and ten times faster than looking at each.
-        if not torch.nn.utils.get_total_norm([p.detach() for p in self.parts.model.parameters()]).isfinite():
+        if not whole(torch.nn.utils.get_total_norm([p.detach() for p in self.parts.model.parameters()])).isfinite():
             raise not_finite(step, "the weights", checkpoint.newest(self.run))
         self.step = step
         fill, is_main = self._contents(step), self.accelerator.is_main_process
@@ -352,8 +371,9 @@ def _process_file(folder: Path, rank: int) -> Path:
     return folder / f"process-{rank:05d}.pt"
 
 
-def save_model(recipe: Recipe, model: M3Model, average: Average | None) -> None:
-    """Write the model, and the one of averaged weights, as `from_pretrained` reads them."""
+def save_model(recipe: Recipe, model: M3Model, average: Average | None, steps: int) -> None:
+    """Write the model of so many steps, and the one of averaged weights, as `from_pretrained` reads them."""
+    model.config.about = {"recipe": recipe.name, "steps": steps}
     processor = M3Processor(model.config.modalities)
     copies = {"model": None} if average is None else {"model": None, "model_ema": average}
     for name, weights in copies.items():

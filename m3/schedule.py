@@ -54,18 +54,27 @@ def plan_run(spec: TrainSpec, samples: int | None, world: int) -> Plan:
         raise M3Error("train.epochs: nobody knows how many samples a stream has; give train.steps instead.")
     unit = 1 if spec.steps is not None else (samples or 0) / spec.batch_size
     steps = spec.steps if spec.steps is not None else max(1, round((spec.epochs or 0) * unit))
+    micro, accumulation = micro_batches(spec, world)
+    scale = spec.batch_size / spec.lr_per if spec.lr_per else 1.0
+    warmup = round(spec.warmup * unit)
+    milestones = tuple(round(milestone * unit) for milestone in spec.milestones)
+    lr, min_lr = spec.lr * scale, spec.min_lr * scale
+    return Plan(steps, warmup, micro, accumulation, lr, min_lr, spec.schedule, milestones)
+
+
+def micro_batches(spec: TrainSpec, world: int) -> tuple[int, int]:
+    """Return the samples of a micro-batch, and how many of them each of `world` processes has in a step.
+
+    Raises:
+        M3Error: the batch can't be cut evenly.
+    """
     micro = spec.micro_batch or spec.batch_size // world
     if micro == 0 or spec.batch_size % (micro * world):
         raise M3Error(
             f"train.batch_size {spec.batch_size} can't be cut evenly into {world} processes of micro-batches of "
             f"{max(micro, 1)}; make it a multiple of {max(micro, 1) * world}."
         )
-    scale = spec.batch_size / spec.lr_per if spec.lr_per else 1.0
-    accumulation = spec.batch_size // (micro * world)
-    warmup = round(spec.warmup * unit)
-    milestones = tuple(round(milestone * unit) for milestone in spec.milestones)
-    lr, min_lr = spec.lr * scale, spec.min_lr * scale
-    return Plan(steps, warmup, micro, accumulation, lr, min_lr, spec.schedule, milestones)
+    return micro, spec.batch_size // (micro * world)
 
 
 def learning_rate(step: int, plan: Plan) -> float:
@@ -179,6 +188,13 @@ def drawn(mix: dict[str, float] | None, objectives: list[str], seed: int, step: 
         return None
     (one,) = Random(stream_number(f"mix/{seed}/{step}")).choices(list(mix), list(mix.values()))
     return tuple(name for name in objectives if name == one or name not in mix)
+
+
+def choices(mix: dict[str, float] | None, objectives: list[str]) -> dict[tuple[str, ...] | None, float]:
+    """Return what `drawn` may return -> its probability."""
+    total = sum((mix or {}).values())
+    parts = {tuple(n for n in objectives if n == one or n not in (mix or ())): w for one, w in (mix or {}).items()}
+    return {active: weight / total for active, weight in parts.items()} or {None: 1.0}
 
 
 def check_mix(mix: dict[str, float] | None, objectives: list[str]) -> None:

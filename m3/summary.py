@@ -5,85 +5,26 @@ Letters: B batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
+from m3.build import meta_model
+from m3.cost import cost, meta_batch
 from m3.model import M3Model
 from m3.recipe import Recipe, dump_recipe
+from m3.scale import ASSUMED, shares
+from m3.schedule import micro_batches
 from m3.show import count_parameters
-from m3.train import model_config
-from m3.types import Batch
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What training costs.
-
-    Attributes:
-        forward_flops: floating-point operations of one sample's forward pass (a multiply-add is two).
-        train_flops: the same for forward and backward.
-        state_bytes: weights, gradients and AdamW's two moments, float32.
-        activation_bytes: kept for the backward pass, per sample, in float32.
-    """
-
-    forward_flops: int
-    train_flops: int
-    state_bytes: int
-    activation_bytes: int
-
-
-def meta_model(recipe: Recipe) -> M3Model:
-    """Build the recipe's model without memory for its weights."""
-    with torch.device("meta"):
-        return M3Model(model_config(recipe))
-
-
-def meta_batch(model: M3Model, samples: int) -> Batch:
-    """Make a batch of the model's usual sizes without memory."""
-    with torch.device("meta"):
-        signals = {name: modality.blank(samples) for name, modality in model.modalities.items()}
-        return Batch(signals, torch.zeros(samples, dtype=torch.long))
-
-
-def cost(model: M3Model) -> Cost:
-    """Count operations and saved activations of a meta model, exactly: the difference of two and one samples."""
-    one, two = _count(model, 1), _count(model, 2)
-    parameters = sum(p.numel() for p in model.parameters())
-    return Cost(two[0] - one[0], two[1] - one[1], 16 * parameters, two[2] - one[2])
-
-
-def _count(model: M3Model, samples: int) -> tuple[int, int, int]:
-    """Return forward FLOPs, training FLOPs and bytes saved for the backward pass."""
-    saved: dict[int, int] = {}
-    own = {p.untyped_storage()._cdata for p in model.parameters()}
-
-    def note(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            saved[storage._cdata] = storage.nbytes()
-            kept.append(x)  # keeps the storage alive, so that its address is not used again
-        return x
-
-    kept: list[Tensor] = []
-    with FlopCounterMode(display=False) as counter:
-        prepared = model.prepare(meta_batch(model, samples))
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-            loss = model(prepared).loss
-        forward = counter.get_total_flops()
-        loss.backward()
-    return forward, counter.get_total_flops(), sum(saved.values())
-
-
-def print_summary(recipe: Recipe) -> None:
-    """Print the resolved recipe and the tables."""
+def print_summary(recipe: Recipe, world: int | None = None) -> None:
+    """Print the resolved recipe and the tables; with `world`, what each of so many processes holds and sends."""
     console = Console()
     model = meta_model(recipe)
+    if recipe.train.checkpoint_activations:
+        model.recompute()
     spent = cost(model)
     console.print(Syntax(dump_recipe(recipe).rstrip(), "yaml", background_color="default"))
     console.print(_parameter_table(model))
@@ -96,6 +37,20 @@ def print_summary(recipe: Recipe) -> None:
         f"a micro-batch of {micro} in fp32 = {_bytes(spent.state_bytes + activations)} "
         f"(one process; set train.micro_batch to make it smaller)"
     )
+    if world:
+        console.print(_scale_table(recipe, model, world))
+
+
+def _scale_table(recipe: Recipe, model: M3Model, world: int) -> Table:
+    micro, turns = micro_batches(recipe.train, world)
+    table = Table(title=f"Each of {world} processes, {turns} micro-batch(es) of {micro}", title_justify="left")
+    table.caption, table.caption_justify, table.caption_style = ASSUMED, "left", ""
+    for column in ("recipes/accelerate", "weights", "gradients", "optimizer", "activations", "memory", "sent per step"):
+        table.add_column(column, justify="left" if column == "recipes/accelerate" else "right")
+    for name, share in shares(recipe, model, world).items():
+        held = (share.weights, share.gradients, share.optimizer, share.activations, share.total)
+        table.add_row(name, *map(_bytes, held), f"{_bytes(share.sent)}\n{share.by}")
+    return table
 
 
 def _parameter_table(model: M3Model) -> Table:

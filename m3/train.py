@@ -6,11 +6,11 @@ accelerate launch -m m3.train RECIPE [a.b=c ...] [--resume]      the same code a
 from __future__ import annotations
 
 import gc
-import json
 import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, LoggerType, set_seed
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, set_seed
 from rich.console import Console
 from torch import Tensor, nn
-from tqdm import tqdm
+from torch.nn.parallel import DistributedDataParallel
 
 from m3 import checkpoint
-from m3.config import M3Config
+from m3.build import meta_model, model_config
+from m3.cost import highest_speed
 from m3.data.loader import Order, Samples, buckets_of, train_loader
 from m3.data.source import Source, Split, describe_coverage
 from m3.data.source import open_source as open_data
@@ -39,33 +40,28 @@ from m3.machine import cores, use_bf16
 from m3.memory import compiled, keep_freed_memory
 from m3.model import M3Model
 from m3.monitors import Health, Watch
-from m3.network import Prepared, resolved
+from m3.network import Prepared
 from m3.plugins import Pool
 from m3.preemption import Preempted, Preemption, explained
-from m3.processes import concatenate, gather
-from m3.progress import METRICS, Clock, Lines, Skipped, cut, means
+from m3.processes import concatenate, gather, whole
+from m3.progress import HELD_OUT, METRICS, Clock, Lines, Skipped, cut, means
+from m3.provenance import note_start
 from m3.recipe import Recipe, TrainSpec, dump_recipe
-from m3.saving import Parts, Saver, restore, save_model
+from m3.saving import Parts, Saver, facts_of, restore, save_model
 from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, momentum, plan_run, set_rates
+from m3.seeing import padding, picture_of, progress_bar, show_line
 from m3.show import count_parameters
 from m3.types import Loss
+from m3.unused import Unused
 
 
 def build_model(recipe: Recipe) -> M3Model:
     """Make the model of a recipe with the weights of its seed."""
     set_seed(recipe.seed)
-    return M3Model(model_config(recipe))
-
-
-def model_config(recipe: Recipe) -> M3Config:
-    """Return the part of a recipe that describes the model."""
-    return M3Config(
-        modalities={name: resolved(entry, f"modalities.{name}") for name, entry in recipe.modalities.items()},
-        backbone=recipe.backbone.model_dump(),
-        towers={name: tower.model_dump(mode="json") for name, tower in recipe.towers.items()},
-        objectives=recipe.objectives,
-        seed=recipe.seed,
-    )
+    model = M3Model(model_config(recipe))
+    if recipe.train.checkpoint_activations:
+        model.recompute()
+    return model
 
 
 def open_source(recipe: Recipe, model: M3Model, split: Split) -> Source:
@@ -97,7 +93,8 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     check_mix(spec.mix, list(raw_model.objectives))
     if recipe.init and not (resume and checkpoint.newest(run)):
         console.print(load_weights(raw_model, recipe.init), soft_wrap=True)
-    tasks = build_tasks(recipe.evaluate.tasks, raw_model, recipe.seed)
+    plain_model = whole_model(accelerator, recipe, raw_model)
+    tasks = build_tasks(recipe.evaluate.tasks, plain_model, recipe.seed)
     source = open_source(recipe, raw_model, "train")
     samples = Samples(source, raw_model.modalities, recipe.data, recipe.seed)
     length = None if source.stream else len(source)
@@ -112,14 +109,14 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     skipped = Skipped(console, "samples", length, recipe.data.max_unreadable)
     unseen = open_source(recipe, raw_model, "held_out")
     metrics = Lines(run / METRICS, console)
-    held_out = HeldOut(recipe, raw_model, tasks, samples, unseen, skipped, console, metrics)
+    held_out = HeldOut(recipe, plain_model, tasks, samples, unseen, skipped, console, metrics)
 
     # ------------------------------------------------------------------------------------ where to start
     facts = facts_of(recipe, raw_model, plan, len(source))
     parts = Parts(raw_model, optimizer, average, skipped, metrics)
     start = restore(accelerator, run, parts, facts, console) if resume else 0
     if accelerator.is_main_process:
-        open_run(recipe, start, plan.steps, console)
+        open_run(recipe, start, plan.steps, world, console)
     accelerator.wait_for_everyone()
     accelerator.init_trackers("logs", config={"recipe": dump_recipe(recipe)})
     shares = (plan.micro_batch, plan.accumulation, rank, world)
@@ -130,11 +127,12 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     batches = iter(train_loader(samples, order, recipe.data.workers, spec.timeout))
     saver = Saver(accelerator, recipe, parts, order, facts, console)
     guard = Guard(accelerator, raw_model, optimizer, spec.max_skipped, run, console)
-    clock, watch, health = Clock(start, spec.batch_size), Watch(console, plan.warmup), Health(console, plan.warmup)
+    clock = Clock(start, spec.batch_size, None if console.quiet else partial(highest_speed, recipe, world))
+    watch, health = Watch(console, plan.warmup), Health(console, plan.warmup)
 
     # ---------------------------------------------------------------------------------------- train loop
     network.train()
-    bar = tqdm(total=plan.steps, initial=start, desc=recipe.name, unit="step", disable=console.quiet)
+    bar = progress_bar(recipe.name, start, plan.steps, not console.quiet)
     with bar, Preemption() as asked:
         for step in range(start, plan.steps):
             # The batches of the step first: the loss is divided by the counts of all of them, on all ranks.
@@ -146,7 +144,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
             set_rates(optimizer, step, spec, plan)
             guard.begin()
             names, sums, counts, watched = gradients(accelerator, raw_model, network, prepared)
-            norm: Any = accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf"))
+            norm = whole(accelerator.clip_grad_norm_(model.parameters(), spec.clip or float("inf")))  # type: ignore[arg-type]
             sums = add_over_processes(accelerator, torch.cat([sums, sums.new_full((1,), asked.is_asked)]))
             guard.judge(step + 1, micro_batches, prepared, sums, norm)  # a step that is not finite changes nothing
             optimizer.step()
@@ -164,16 +162,16 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 clock.restart(done)
             if done % spec.log_every == 0 or done == plan.steps:
                 values = means(names, sums[:-1], counts)
-                seen = values | watch(watched, done) | guard.counted
-                line = clock.line(done, seen, learning_rate(step, plan), float(norm), len(skipped.messages))
+                seen = values | watch(watched, done) | guard.counted | padding(prepared)
+                line = clock.line(done, seen, learning_rate(step, plan), float(norm), skipped.by_origin)
                 accelerator.log({key: v for key, v in line.items() if isinstance(v, float)}, step=done)
-                bar.set_postfix_str(" ".join(f"{name.split('/')[-1]} {v:.3f}" for name, v in values.items()))
+                show_line(bar, line, values)
                 if accelerator.is_main_process:
                     metrics.append(line)
                     health(line, values)
             reported = time.perf_counter()
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
-                saver.measured(held_out.evaluate(done) if accelerator.is_main_process else [], done)
+                saver.measured(evaluate(accelerator, model, held_out, done), done)
             if saver.is_due(done) or guard.is_stopping:
                 guard.settle(is_all=True, is_end=done == plan.steps)
                 saver.save(done, is_needed=done == plan.steps or guard.is_stopping)
@@ -182,11 +180,9 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 raise Preempted(f"{recipe.name} was asked to stop and is saved at step {done}; go on with --resume.")
 
     # --------------------------------------------------------------------------------------------- finish
-    rows: list[Row] = []
+    rows = evaluate(accelerator, model, held_out, plan.steps, "preview.png")
     if accelerator.is_main_process:
-        raw_model.config.about = {"recipe": recipe.name, "steps": plan.steps}
-        save_model(recipe, raw_model, average)
-        rows = held_out.evaluate(plan.steps, "preview.png")
+        save_model(recipe, plain_model, average, plan.steps)
         held_out.conclude(rows, console)
     del model, network  # gloo can hang for ever when DDP is freed after its process group (pytorch issue 190489)
     accelerator.free_memory()
@@ -205,8 +201,6 @@ def open_processes(spec: TrainSpec, run: Path) -> Accelerator:
         log_with=list(spec.trackers) or None,
         project_dir=str(run),
         kwargs_handlers=[
-            # A step of one drawn objective leaves the heads of the others without gradient.
-            DistributedDataParallelKwargs(find_unused_parameters=bool(spec.mix)),
             InitProcessGroupKwargs(timeout=timedelta(seconds=spec.timeout)),
         ],
     )
@@ -254,6 +248,7 @@ def gradients(
     total = add_over_processes(accelerator, own)
     counts = dict(zip(names, total, strict=True))
     pools = step_pools(accelerator, network, prepared) if model.is_coupled and len(prepared) > 1 else None
+    is_replicated = isinstance(getattr(network, "_orig_mod", network), DistributedDataParallel)
     sums, watched = torch.zeros_like(total), {}
     for turn, micro in enumerate(prepared):
         is_last = turn == len(prepared) - 1
@@ -261,7 +256,11 @@ def gradients(
             with accelerator.autocast():
                 loss: Loss = network(micro, pools[turn] if pools else None).parts
             # Gradients are averaged over processes; the loss is a sum over them.
-            accelerator.backward(loss.total(counts) * accelerator.num_processes)
+            total_loss = loss.total(counts) * accelerator.num_processes
+            unused = Unused(total_loss, model) if is_last and is_replicated else None
+            accelerator.backward(total_loss + unused.touched() if unused else total_loss)
+            if unused:
+                unused.forget()
         sums += torch.stack([loss.parts[name].sum.detach().float() for name in names])
         watched = loss.watched
     return names, sums, total, watched
@@ -299,6 +298,7 @@ def describe(console: Console, recipe: Recipe, model: M3Model, plan: Plan, accel
         f"{spec.batch_size} samples ({accelerator.num_processes} process(es) x {plan.accumulation} x "
         f"{plan.micro_batch}), learning rate {plan.lr:g} ({rule}), {accelerator.device.type} in "
         f"{'bf16' if accelerator.mixed_precision == 'bf16' else 'fp32'}, {torch.get_num_threads()} threads"
+        f"{', FSDP' if accelerator.distributed_type.name == 'FSDP' else ''}"
     )
     if plan.warmup >= plan.steps > 1:
         console.print(
@@ -308,21 +308,59 @@ def describe(console: Console, recipe: Recipe, model: M3Model, plan: Plan, accel
         )
 
 
-def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[str, Any]:
-    """Return what a checkpoint says of its run: the model, what decides the order of the data, and the plan."""
-    config = model.config
-    order = {
-        "seed": recipe.seed,
-        "data": recipe.data.model_dump(mode="json", exclude={"workers", "max_unreadable"}),
-        "train.batch_size": recipe.train.batch_size,
-        "number of training samples": samples,
-    }
-    described = {name: getattr(config, name) for name in ("modalities", "backbone", "towers", "objectives")}
-    return json.loads(json.dumps({"model": described, "order": order, "plan": plan._asdict()}))
+def whole_model(accelerator: Accelerator, recipe: Recipe, model: M3Model) -> M3Model:
+    """Return the model that is measured and saved by the first process: the trained one, or a copy where it is cut up.
+
+    Raises:
+        M3Error: the recipe needs something that does not work with weights that are cut up.
+    """
+    if accelerator.distributed_type.name == "DEEPSPEED":
+        raise M3Error(
+            "DeepSpeed's engine can't be used, since it moves the weights before a step can be judged; launch with "
+            "recipes/accelerate/zero2.yaml or fsdp2.yaml, which share out the same without it."
+        )
+    if accelerator.distributed_type.name != "FSDP":
+        return model
+    if recipe.train.ema:
+        raise M3Error(
+            "train.ema: an average of weights that are cut up over processes is not kept; remove it, or launch with "
+            "recipes/accelerate/eight_gpus.yaml."
+        )
+    return build_model(recipe).to(accelerator.device) if accelerator.is_main_process else meta_model(recipe)  # type: ignore[arg-type]
 
 
-def open_run(recipe: Recipe, start: int, steps: int, console: Console) -> None:
-    """Make the run folder, save the resolved recipe, and cut the metrics back to the step we start from.
+def evaluate(
+    accelerator: Accelerator, model: nn.Module, held_out: HeldOut, step: int, picture: str | None = None
+) -> list[Row]:
+    """Measure on held-out samples and show the trackers what came out; the first process does, others return nothing.
+
+    Args:
+        accelerator: with the trackers.
+        model: the trained one; every process must take part where it is cut up.
+        held_out: what is measured.
+        step: steps that are done.
+        picture: as in `HeldOut.evaluate`.
+    """
+    if accelerator.distributed_type.name == "FSDP":
+        weights = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            held_out.model.load_state_dict(weights)
+    if not accelerator.is_main_process:
+        return []
+    rows = held_out.evaluate(step, picture)
+    accelerator.log({f"{HELD_OUT}{row.task}": row.model for row in rows}, step=step)
+    able = [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]
+    pictures = {name: picture_of(drawn) for name, drawn in held_out.pictures().items()} if able else {}
+    for tracker in able:
+        many = tracker.name in ("tensorboard", "wandb", "swanlab")  # they take lists of pictures, others one
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        shown = {name: picture[None] if many else picture for name, picture in pictures.items()}
+        tracker.log_images(shown, step=step, **options)
+    return rows
+
+
+def open_run(recipe: Recipe, start: int, steps: int, world: int, console: Console) -> None:
+    """Make the run folder, save the resolved recipe, note the start, and cut the metrics back to where we start.
 
     A new run moves an earlier one of the same name out of its way.
     """
@@ -334,6 +372,7 @@ def open_run(recipe: Recipe, start: int, steps: int, console: Console) -> None:
         )
     run.mkdir(parents=True, exist_ok=True)
     (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    note_start(run, start, world)
     cut(run, start, start == steps)
 
 

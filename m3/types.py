@@ -47,6 +47,7 @@ class Batch:
         labels: label name -> (B,) int64, for probes; never seen by the model.
         ids: B names for messages.
         skipped: sentences about samples that could not be read and were replaced.
+        origins: for each of these sentences the part of the data that the sample lies in (a tar, a part of a mixture).
         times: modality -> (B, T) float32 seconds of the steps of a recording, for modalities that know them; NaN
             in samples that don't.
     """
@@ -57,6 +58,7 @@ class Batch:
     labels: dict[str, Tensor] = field(default_factory=dict)
     ids: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    origins: tuple[str, ...] = ()
     times: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:

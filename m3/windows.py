@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from m3.attention import key_mask
 from m3.backbone import MLP
 from m3.errors import M3Error
+from m3.layer import Layer, recomputable
 from m3.linear import Linear
 
 COOLEST = 0.01
@@ -112,7 +113,7 @@ class WindowAttention(nn.Module):
         return self.bias(apart.sign() * apart.abs().log1p()).permute(2, 0, 1)
 
 
-class WindowBlock(nn.Module):
+class WindowBlock(Layer):
     """Post-norm block: x + norm(attention(x)), then x + norm(mlp(x))."""
 
     def __init__(self, width: int, heads: int, window: tuple[int, int], mlp_ratio: float, eps: float) -> None:
@@ -122,6 +123,7 @@ class WindowBlock(nn.Module):
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.norm2 = nn.LayerNorm(width, eps=eps)
 
+    @recomputable
     def forward(self, x: Tensor, windows: Windows) -> Tensor:
         """Map (B, N, D) to (B, N, D)."""
         x = x + self.norm1(self.attention(x, windows))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from math import gcd
 from random import Random
 from typing import Any, NamedTuple
 
@@ -29,20 +30,21 @@ from m3.recipe import DataSpec
 from m3.signals import Look
 from m3.types import Batch
 
+GOLDEN = (5**0.5 - 1) / 2
 TRIES = 16
 """Samples in a row that may be unreadable before the source is given up."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """One sample, cropped and sized, with the sentences about those that had to be skipped on the way."""
+    """One sample, cropped and sized, with (sentence, origin) of those that had to be skipped on the way."""
 
     signals: dict[str, Tensor]
     position: int
     id: str
     times: dict[str, Tensor] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
 
 
 class Samples(Dataset[Loaded]):
@@ -70,24 +72,27 @@ class Samples(Dataset[Loaded]):
         return other
 
     def __getitem__(self, at: tuple[int, int]) -> Loaded:
-        """Read a sample; an unreadable one is replaced by the next and named in `skipped`."""
+        """Read a sample; an unreadable one is replaced and named in `skipped`.
+
+        Its neighbours may lie in the same broken shard, so the one that replaces it comes from far away.
+        """
         position, index = at
-        skipped: list[str] = []
+        skipped: list[tuple[str, str]] = []
         reasons: set[str | None] = set()
         length = len(self.source)
         count, epoch = min(TRIES, length), position // self.spec.repeats // length
         for shift in range(count):
-            number = self.source.at(epoch, (index + shift) % length)
+            number = self.source.at(epoch, far_away(index, shift, length))
             try:
                 return self.fit(self._read(number), position, tuple(skipped))
             except Exception as error:  # whatever a broken file raises; it is counted, named and limited
-                skipped.append(f"{self.source.name(number)}: {error}")
+                skipped.append((f"{self.source.name(number)}: {error}", self.source.origin(number)))
                 reasons.add(str(error) if isinstance(error, M3Error) else None)
         reason = next(iter(reasons))
         if reason and len(reasons) == 1 and count > 1:  # a setting, not a broken file
             raise M3Error(f"the recipe does not fit the data, {count} samples in a row fail alike: {reason}")
         what = f"{count} samples in a row" if count < length else f"all {count} samples of the data"
-        raise M3Error(f"{what} can't be read; the first: {skipped[0]}")
+        raise M3Error(f"{what} can't be read; the first: {skipped[0][0]}")
 
     def __getitems__(self, pairs: list[tuple[int, int]] | Drawn) -> Batch | M3Error:
         """Read and collate a micro-batch; called by torch's loader.
@@ -116,7 +121,7 @@ class Samples(Dataset[Loaded]):
             self._last = (number, with_labels(sample, self.modalities, self.spec.missing == "allow"))
         return self._last[1]
 
-    def fit(self, sample: Sample, position: int, skipped: tuple[str, ...] = ()) -> Loaded:
+    def fit(self, sample: Sample, position: int, skipped: tuple[tuple[str, str], ...] = ()) -> Loaded:
         """Cut, check, crop and resize the signals of a sample, as its position in the run decides."""
         draws = Random(stream_number(f"crop/{self.seed}/{position}"))
         is_training = self.source.split == "train"
@@ -158,6 +163,17 @@ class Samples(Dataset[Loaded]):
             return Crop()
         height, width = maps[0].shape[-2:]
         return random_crop(key, self.spec.crop, self.spec.flip, (height, width))
+
+
+def far_away(index: int, turn: int, length: int) -> int:
+    """Return the number at a turn, which begin at `index` and reach all in `length` turns, however few spread evenly.
+
+    Steps of the golden section (Weyl's sequence), rounded to a number that has no divisor in common with `length`.
+    """
+    step = round(length * GOLDEN)
+    while gcd(step, length) > 1:
+        step += 1
+    return (index + turn * step) % length
 
 
 def fit_together(raw: dict[str, Tensor], modalities: dict[str, Modality], crop: Crop) -> dict[str, Tensor]:
@@ -208,7 +224,8 @@ def collate(samples: list[Loaded], modalities: dict[str, Modality], always: tupl
         is_present=is_present,
         labels=labels,
         ids=tuple(s.id for s in samples),
-        skipped=tuple(message for s in samples for message in s.skipped),
+        skipped=tuple(message for s in samples for message, _ in s.skipped),
+        origins=tuple(origin for s in samples for _, origin in s.skipped),
     )
 
 

@@ -137,8 +137,8 @@ def read_member(address: str, stamp: str, offset: int, size: int) -> bytes:
 class _Descriptor:
     """An open file that closes itself once nobody reads from it. `pread` moves no position, so forks may share it."""
 
-    def __init__(self, path: str) -> None:
-        self.number = os.open(path, os.O_RDONLY)
+    def __init__(self, number: int) -> None:
+        self.number = number
 
     def __del__(self) -> None:
         os.close(self.number)
@@ -146,7 +146,7 @@ class _Descriptor:
 
 @lru_cache(maxsize=OPEN_FILES)
 def _descriptor(path: str, stamp: str) -> _Descriptor:
-    descriptor = _Descriptor(path)
+    descriptor = _Descriptor(os.open(path, os.O_RDONLY))
     if str(os.fstat(descriptor.number).st_mtime_ns) != stamp:
         raise M3Error(f"{path}: the tar was written again while it was in use; start anew.")
     return descriptor

@@ -90,6 +90,10 @@ class Source(ABC):
         """Return a sample's id without reading it."""
         return str(index)
 
+    def origin(self, index: int) -> str:
+        """Return the part of the data that a sample lies in, by which unreadable ones are counted, without reading."""
+        return self.spec.source
+
     def stored(self, index: int) -> StoredSample:
         """Return the files of sample `index` as they are; a source without files makes them without loss."""
         sample = self.read(index)

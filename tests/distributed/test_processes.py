@@ -28,6 +28,20 @@ def launch(recipe: str, out: Path, processes: int, micro: int) -> dict[str, torc
     return load_file(out)
 
 
+def test_processes_that_hold_different_modalities_agree(tmp_path: Path) -> None:
+    """Four processes with two samples each: one has images only, one depth only, one maps only, one text only."""
+    expected = launch("disjoint", tmp_path / "whole.safetensors", processes=1, micro=8)
+    found = launch("disjoint", tmp_path / "cut.safetensors", processes=4, micro=2)
+    assert found.keys() == expected.keys()
+    torch.testing.assert_close(found["counts"], expected["counts"], rtol=0, atol=0)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-6, atol=1e-6)
+    reached = [name for name, gradient in expected.items() if gradient.abs().max() > 0]
+    for modality in ("image", "depth", "semantic", "text"):
+        assert any(f"tokenizers.{modality}." in name for name in reached), modality
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.fixture(scope="module", params=["multimae_tiny", "contrast", "uniter", "translate"])
 def whole(request, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, torch.Tensor]]:
     """One batch of 8 in one process: what an objective of single samples and losses that join a step give."""

@@ -25,7 +25,7 @@ from m3.cli import main
 from m3.recipe import Recipe, dump_recipe, load_recipe, recipe_from
 
 STEPS = 12
-TIMES = ("samples_per_second", "data_wait", "seconds")
+TIMES = ("samples_per_second", "data_wait", "seconds", "utilisation")
 RECIPES = ("mae_tiny", "flip_tiny", "fourm_tiny")
 
 

@@ -209,7 +209,7 @@ def test_speed_and_waiting_do_not_count_the_start(monkeypatch) -> None:
     clock.waited = 59.0  # workers start
     clock.restart(1)
     clock.waited += 0.5
-    line = clock.line(6, {"loss": 1.5}, lr=0.1, norm=2.0, skipped=3)
+    line = clock.line(6, {"loss": 1.5}, lr=0.1, norm=2.0, skipped={"a": 2, "b": 1})
     assert (line["samples_per_second"], line["data_wait"], line["skipped"]) == (5 * 8 / 2, 0.25, 3)
 
 

@@ -8,14 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from m3.build import meta_model, model_config
 from m3.check import shrink
 from m3.checkpoint import newest
+from m3.cost import cost
 from m3.data.loader import Samples, first_batches
 from m3.evaluate.tasks.predict import predictors
 from m3.model import M3Model
 from m3.recipe import PACKAGED, dump_recipe, load_recipe
-from m3.summary import cost, meta_model
-from m3.train import build_model, model_config, open_source, train
+from m3.train import build_model, open_source, train
 
 RECIPES = sorted(path.stem for path in PACKAGED.glob("*.yaml"))
 

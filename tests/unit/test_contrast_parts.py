@@ -14,15 +14,16 @@ from safetensors.torch import load_file
 
 from m3 import M3Config, M3Model, M3Processor
 from m3.backbone import BackboneSpec, feed_forward
+from m3.build import meta_model
 from m3.check import shrink
 from m3.cli import main
+from m3.cost import cost
 from m3.errors import M3Error, read_settings
 from m3.modalities.text import Text
 from m3.network import build_modalities
 from m3.partners import Swap, draw_partners
 from m3.random import Draws
 from m3.recipe import load_recipe
-from m3.summary import cost, meta_model
 from m3.train import train
 from m3.types import Batch, Tokens
 

@@ -108,7 +108,7 @@ def test_a_crop_that_never_fits_is_the_largest_centred_part_of_an_allowed_aspect
 
 def test_a_sample_may_lack_a_modality() -> None:
     full = Loaded({"image": torch.arange(3), "depth": torch.arange(2.0)}, 4, "a", labels={"shape": 1})
-    lacking = Loaded({"image": torch.arange(3) + 5}, 9, "b", {}, {"shape": 2}, ("c: broken",))
+    lacking = Loaded({"image": torch.arange(3) + 5}, 9, "b", {}, {"shape": 2}, (("c: broken", "tar"),))
     modalities = build_modalities({"image": {"type": "image"}, "depth": {"type": "depth"}})
     batch = collate([full, lacking], modalities)
     assert batch.keys.tolist() == [4, 9]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from m3 import convert
+from m3.build import model_config
 from m3.config import M3Config
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.vision import table_of
 from m3.recipe import load_recipe
-from m3.train import model_config
 
 BLOCK = {"blocks.0.attn.qkv.weight": (24, 8), "blocks.0.mlp.fc1.weight": (32, 8)}
 SIGNS: dict[str, dict[str, tuple[int, ...]]] = {

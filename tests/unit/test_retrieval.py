@@ -254,11 +254,11 @@ def test_saving_and_evaluating_take_no_time_of_training(monkeypatch):
     monkeypatch.setattr("m3.progress.time.perf_counter", lambda: now)
     clock = Clock(0, 8)
     now = 4.0
-    first = clock.line(4, {}, 0.1, 1.0, 0)
+    first = clock.line(4, {}, 0.1, 1.0, {})
     now = 10.0  # evaluated from 4 to 10
     clock.leave_out(4.0)
     now = 12.0
-    second = clock.line(6, {}, 0.1, 1.0, 0)
+    second = clock.line(6, {}, 0.1, 1.0, {})
     assert (first["seconds"], second["seconds"]) == (4.0, 2.0)
     assert second["samples_per_second"] == 8.0
 

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from fractions import Fraction
-from math import gcd
 from typing import Any
 
 from pydantic import Field, PositiveFloat
 
+from m3.data.loader import far_away
 from m3.data.source import Sample, Source, Split, StoredSample, coverage, open_source, refuse_stream
 from m3.errors import M3Error, nearest, read_settings
 from m3.plugins import Modality, Strict
 from m3.recipe import DataSpec
-
-GOLDEN = (5**0.5 - 1) / 2
 
 OWN = ("source", "root", "options", "missing", "samples", "held_out")
 """Keys of `data` that every part has of its own; the others belong to the mixture."""
@@ -90,6 +88,11 @@ class Mixture(Source):
         name, number = self.place(index)
         return f"{name}/{self.parts[name].name(number)}"
 
+    def origin(self, index: int) -> str:
+        """Return <part>/<origin in the part>."""
+        name, number = self.place(index)
+        return f"{name}/{self.parts[name].origin(number)}"
+
     def coverage(self) -> dict[str, float]:
         """Weigh the parts' own shares by how often they are drawn."""
         known = [(n, coverage(source)) for n, source in zip(self.draws, self.parts.values(), strict=True)]
@@ -153,10 +156,7 @@ def spread(turn: int, size: int) -> int:
 
     Steps of the golden section (Weyl's sequence), rounded to a number that has no divisor in common with `size`.
     """
-    step = round(size * GOLDEN)
-    while gcd(step, size) > 1:
-        step += 1
-    return (turn * step + size // 2) % size
+    return far_away(size // 2, turn, size)
 
 
 def interleave(index: int, draws: list[int]) -> tuple[int, int]:

@@ -6,14 +6,16 @@ Letters: n samples.
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from m3.data.files import Stored
+from m3.data.remote import Patience, Remote
 from m3.data.shards import LABELS, Index, index_of, list_shards, read_member, split_name, split_roots
 from m3.data.source import Sample, Source, Split, StoredSample, decode, limited, numbers_of_split
-from m3.errors import M3Error
+from m3.errors import M3Error, read_settings
 from m3.plugins import Modality
 from m3.recipe import DataSpec
 
@@ -36,7 +38,7 @@ class Shards(Source):
 
     In one tar a member is called KEY.<modality>.<ext>, or KEY.<ext> where only one modality reads that ending;
     KEY.labels.json holds labels. `root/train` and `root/val` are the two splits when both exist. The root may be
-    any address fsspec reads (s3://..., gs://..., memory://...).
+    any address fsspec reads (s3://..., gs://..., memory://...). `data.options` says how patiently, see `Patience`.
     """
 
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
@@ -44,8 +46,9 @@ class Shards(Source):
         if spec.root is None:
             raise M3Error("data.root: this key is required for source `shards`; name the folder of the tars.")
         root = spec.root.rstrip("/")
-        roots = split_roots(root)
-        table = Table(roots.get(split, root), modalities, spec.missing == "allow")
+        self.remote = Remote(read_settings(Patience, spec.options, "data.options"))
+        roots = self.remote.read(root, lambda: split_roots(root))
+        table = Table(roots.get(split, root), modalities, spec.missing == "allow", self.remote)
         everything = list(range(len(table.ids)))
         numbers = limited(everything, spec, split) if roots else numbers_of_split(table.ids, spec, split)
         self.tars, self.endings = table.tars, list(table.endings)
@@ -62,8 +65,10 @@ class Shards(Source):
         try:
             return decode(self.stored(index), self.modalities)
         except M3Error as error:
-            tar = next(self.tars[p[index]["tar"]] for p in self.places.values() if p[index]["size"] >= 0)
-            raise M3Error(f"{tar.address}: {error}") from error
+            address = self.origin(index)
+            if str(error).startswith(address):
+                raise
+            raise M3Error(f"{address}: {error}") from error
 
     def stored(self, index: int) -> StoredSample:
         """Return the members of one sample byte for byte."""
@@ -72,13 +77,20 @@ class Shards(Source):
             number, offset, size, ending = places[index].item()
             if size >= 0:
                 tar = self.tars[number]
-                files[name] = Stored(self.endings[ending], read_member(tar.address, tar.stamp, offset, size))
+                place = (tar.address, tar.stamp, offset, size)
+                data = self.remote.read(tar.address, partial(read_member, *place))
+                files[name] = Stored(self.endings[ending], data)
         labels = json.loads(files.pop(LABELS).data) if LABELS in files else {}
         return StoredSample(files, self.name(index), labels)
 
     def name(self, index: int) -> str:
         """Return the sample's key."""
         return str(self.ids[index])
+
+    def origin(self, index: int) -> str:
+        """Return the address of the first tar that holds members of the sample."""
+        tar = next(self.tars[p[index]["tar"]] for p in self.places.values() if p[index]["size"] >= 0)
+        return tar.address
 
     def coverage(self) -> dict[str, float]:
         """Count members; none is read."""
@@ -103,7 +115,7 @@ class Table:
             members for one, or a member may belong to several; names the shard and the key.
     """
 
-    def __init__(self, root: str, modalities: dict[str, Modality], is_missing_allowed: bool) -> None:
+    def __init__(self, root: str, modalities: dict[str, Modality], is_missing_allowed: bool, remote: Remote) -> None:
         if LABELS in modalities:
             raise M3Error(f"modalities.{LABELS}: shards hold the labels of samples under this name; choose another.")
         self.readers = {name: part.extensions for name, part in modalities.items()} | {LABELS: (".json",)}
@@ -111,9 +123,10 @@ class Table:
         self.tars: list[Tar] = []
         self.endings: dict[str, int] = {}
         self.places: dict[str, list[np.ndarray]] = {name: [] for name in self.readers}
-        for shard, tars in list_shards(root).items():
+        for shard, tars in remote.read(root, lambda: list_shards(root)).items():
             rows: Rows = {}
-            known = {f: (a, index_of(a)) for f, a in tars.items() if not f or f in self.readers}
+            read = {f: a for f, a in tars.items() if not f or f in self.readers}
+            known = {f: (a, remote.read(a, partial(index_of, a))) for f, a in read.items()}
             # The tar with the most members first: where it holds every sample, theirs is the packed order.
             for folder in sorted(known, key=lambda folder: -len(known[folder][1].names)):
                 self._add(rows, folder, *known[folder])

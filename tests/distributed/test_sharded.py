@@ -1,0 +1,73 @@
+"""FSDP2 with two processes trains, measures, saves and goes on as one process does; the model comes out whole."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from m3.recipe import PACKAGED, load_recipe
+from m3.train import train
+
+SCRIPT = Path(__file__).with_name("sharded.py")
+SMALL = ["backbone.width=48", "backbone.depth=2", "backbone.heads=4", "data.workers=0", "data.held_out=8"]
+SMALL += ["train.steps=4", "train.batch_size=8", "train.warmup=1", "train.log_every=1", "train.trackers=[]"]
+SMALL += ["train.precision=fp32", "train.save_every=2", "evaluate.every=2", "evaluate.samples=8", "data.samples=64"]
+SMALL += ["train.threads=1", "train.clip=1.0", "train.checkpoint_activations=true"]
+
+
+def launch(config: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run the trainer under torchrun with the environment that `accelerate launch` makes of a config file."""
+    settings = yaml.safe_load((PACKAGED / "accelerate" / f"{config}.yaml").read_text())["fsdp_config"]
+    environment = {key.upper(): str(value).lower() for key, value in settings.items()}
+    for key in ("FSDP_AUTO_WRAP_POLICY", "FSDP_STATE_DICT_TYPE"):
+        environment[key] = environment[key].upper()
+    environment |= {"ACCELERATE_USE_FSDP": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2])}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT)]
+    return subprocess.run(
+        [*command, *words], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+def lines(run: Path) -> list[dict]:
+    times = ("samples_per_second", "data_wait", "seconds", "utilisation")
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in times} for line in found]
+
+
+@pytest.mark.parametrize("config", ["fsdp2", "zero2"])
+def test_sharded_training_is_that_of_one_process(tmp_path: Path, config: str) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    train(load_recipe("mae_tiny", [*SMALL, f"out={one}"]), is_shown=False)
+    done = launch(config, "mae_tiny", *SMALL, f"out={two}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "FSDP" in done.stdout, "the parameters are cut up"
+    for a, b in zip(lines(one), lines(two), strict=True):
+        assert b == {key: pytest.approx(value, rel=1e-5) for key, value in a.items()}
+    whole, found = (load_file(run / "model" / "model.safetensors") for run in (one, two))
+    assert found.keys() == whole.keys()
+    for name, weight in whole.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    if config == "zero2":
+        return
+
+    before = lines(two)
+    shutil.rmtree(two / "checkpoints" / "step-00000004")
+    shutil.rmtree(two / "model")
+    done = launch(config, "mae_tiny", *SMALL, f"out={two}", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "resuming at step 2" in done.stdout
+    assert lines(two) == before
+    assert all(torch.equal(x, found[n]) for n, x in load_file(two / "model" / "model.safetensors").items())
+
+
+def test_an_average_of_weights_that_are_cut_up_is_refused(tmp_path: Path) -> None:
+    done = launch("fsdp2", "mae_tiny", *SMALL, f"out={tmp_path / 'run'}", "train.ema=0.9")
+    assert done.returncode != 0
+    assert "an average of weights that are cut up over processes is not kept" in done.stderr
