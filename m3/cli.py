@@ -133,7 +133,7 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--out", default=None, help="folder for runs and report (default runs/RECIPE_labels)")
     text = "read the weights of another library, or write ours in its format"
     command = add("convert", _convert, text, recipe=False)
-    command.add_argument("source", help="checkpoint file or folder; with --to: folder of our model or of its run")
+    command.add_argument("source", help="file, folder or Hub id; with --to: our model or its run")
     command.add_argument("out", help="folder for our model; with --to: folder, .safetensors or .pth file")
     command.add_argument(
         "overrides", nargs="*", metavar="a.b=c", help="changes to the config, modalities.image.size=384"

@@ -74,7 +74,8 @@ def convert(path: str | Path, overrides: Sequence[str] = (), format: str | None 
     """Read a published checkpoint. Nothing in it is run.
 
     Args:
-        path: .safetensors, .pth, .pt or .bin file, or a folder of one with its `config.json`.
+        path: .safetensors, .pth, .pt or .bin file, a folder of one with its `config.json`, or a repository of the
+            Hugging Face hub, e.g. `timm/vit_base_patch16_224.mae`.
         overrides: changes to the config as in a recipe, `backbone.heads=12`; `modalities=a,b` takes these alone of
             the checkpoint's, where its format can.
         format: name of a file in `m3/formats`; found from the names of the tensors if left out.

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor
 
 from m3.convert import convert
@@ -71,17 +73,27 @@ def _without_other_classes(shared: dict[str, Tensor], model: M3Model) -> list[st
 
 def _opened(source: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
     """Return what the source is, its weights under our names, and its `modalities`."""
-    path = Path(source)
-    settings = path / "config.json"
-    is_ours = not path.exists() or (settings.is_file() and json.loads(settings.read_text()).get("model_type") == "m3")
-    if not is_ours:
-        found = convert(path)
+    if not _is_ours(source):
+        found = convert(source)
         return f"{source} ({found.title})", found.model.state_dict(), _modalities(found.model)
     try:
         model = M3Model.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise M3Error(f"init: {source} can't be read as a model ({str(error).splitlines()[0]}); check it.") from error
     return source, model.state_dict(), _modalities(model)
+
+
+def _is_ours(source: str) -> bool:
+    """Return whether a folder, file or repository of the Hub holds a model of ours."""
+    path = Path(source)
+    if path.exists():
+        settings = path / "config.json"
+        return settings.is_file() and json.loads(settings.read_text()).get("model_type") == "m3"
+    try:
+        settings = Path(hf_hub_download(source, "config.json"))
+    except (OSError, HFValidationError):  # whoever opens it says better what is wrong
+        return True
+    return json.loads(settings.read_text()).get("model_type") == "m3"
 
 
 def _modalities(model: M3Model) -> dict[str, Any]:

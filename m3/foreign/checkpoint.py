@@ -126,9 +126,15 @@ class _Renamed(Mapping[str, Tensor]):
 def read_foreign(path: str | Path) -> Foreign:
     """Open a checkpoint: a .safetensors, .pth, .pt or .bin file, or a folder with one and a `config.json`.
 
+    What is no file and looks like `owner/name` is a repository of the Hugging Face hub, e.g. `timm/NAME` for every model
+    of timm, and is downloaded (weights and settings alone).
+
     Raises:
         M3Error: there is no such file, it is damaged, it is no checkpoint, or reading it would run code.
     """
+    is_file_name = Path(path).suffix in (".safetensors", ".pth", ".pt", ".bin")
+    if not Path(path).exists() and not is_file_name and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        path = _downloaded(str(path))
     path = Path(path)
     if not path.exists():
         raise M3Error(f"{path} is not there; give a file (.safetensors, .pth, .bin) or a folder that holds one.")
@@ -149,6 +155,24 @@ def read_foreign(path: str | Path) -> Foreign:
     if file.suffix == ".safetensors" or begin[8:9] == b"{":
         return _safetensors(str(path), [file], settings)
     return _pickled(str(path), file, settings)
+
+
+def _downloaded(repository: str) -> str:
+    """Return the folder of a repository of the Hub: its settings, and its safetensors or, without any, its pickles."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        files = HfApi().list_repo_files(repository)
+        kinds = (
+            ["*.safetensors"] if any(name.endswith(".safetensors") for name in files) else ["*.bin", "*.pth", "*.pt"]
+        )
+        return snapshot_download(repository, allow_patterns=["*.json", *kinds])
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+        raise M3Error(
+            f"`{repository}` is no file here, and the Hub gives nothing of that name ({str(error).splitlines()[0]}); "
+            f"check the path or the name."
+        ) from error
 
 
 def _settings(folder: Path) -> dict[str, Any]:
