@@ -126,8 +126,8 @@ class _Renamed(Mapping[str, Tensor]):
 def read_foreign(path: str | Path) -> Foreign:
     """Open a checkpoint: a .safetensors, .pth, .pt or .bin file, or a folder with one and a `config.json`.
 
-    What is no file and looks like `owner/name` is a repository of the Hugging Face hub, e.g. `timm/NAME` for every model
-    of timm, and is downloaded (weights and settings alone).
+    What is no file and looks like `owner/name` is a repository of the Hugging Face hub, e.g. `timm/NAME` for every
+    model of timm, and is downloaded (weights and settings alone).
 
     Raises:
         M3Error: there is no such file, it is damaged, it is no checkpoint, or reading it would run code.

@@ -246,5 +246,5 @@ def test_lines_that_were_cut_off_in_writing_are_written_again(tmp_path: Path) ->
         {k: v for k, v in x.items() if k not in changing} for x in whole
     ]
     metrics.write_text("{]\n" + metrics.read_text())
-    with pytest.raises(M3Error, match=r"metrics.jsonl: line 1 is damaged .*; remove it"):
+    with pytest.raises(M3Error, match=r"metrics.jsonl: line 1 is no JSON .*; remove it"):
         train(tiny(tmp_path), resume=True, is_shown=False)

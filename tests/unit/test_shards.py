@@ -76,7 +76,7 @@ def test_packed_folders_give_the_same_samples_in_the_same_order(layout: Any, tmp
     assert [packed.stored(i) for i in range(11)] == [folder.stored(i) for i in range(11)]
     assert coverage(packed) == coverage(folder) == {"image": 1.0, "depth": 9 / 11, "text": 1.0}
     names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.tar"))
-    prefixes = [""] if layout == "one" else ["depth/", "image/", "text/"]
+    prefixes = [""] if layout == "one" else ["depth/", "image/", "labels/", "text/"]  # folders a and b are classes
     assert names == [f"{prefix}{i:06d}.tar" for prefix in prefixes for i in range(3)]
     assert pickle.loads(pickle.dumps(packed)).stored(5) == folder.stored(5)
 
