@@ -32,6 +32,10 @@ NEED_ROOT = ("folder", "shards")
 """Sources that a recipe may leave without `data.root`, for its user to give."""
 
 
+LARGEST = 16
+"""Classes of a semantic map that a recipe keeps; the world has six."""
+
+
 def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
     """Return the recipe with the same parts but a small network, a small batch, `steps` steps and few samples.
 
@@ -131,6 +135,8 @@ def _of_the_world(entry: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a modality so that scenes of the world can be read with them."""
     if entry["type"] == "label":
         return {**entry, "of": "shape", "several": False}
+    if entry["type"] == "semantic_map" and entry.get("classes", 0) > LARGEST:  # big maps of them take gigabytes
+        return {**entry, "classes": LARGEST}
     if entry["type"] == "boxes":
         return {**entry, "labels": list(SHAPES)}
     if entry["type"] == "codes" and not Path(entry["path"]).is_dir():

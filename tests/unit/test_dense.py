@@ -15,7 +15,7 @@ from torch import Tensor
 from m3.config import M3Config
 from m3.errors import M3Error
 from m3.evaluate.task import build_tasks
-from m3.evaluate.tasks.depth import errors
+from m3.evaluate.tasks.depth_in_metres import errors
 from m3.model import M3Model
 from m3.objectives.reconstruct import berhu
 from m3.types import Batch, Encoded
@@ -241,7 +241,7 @@ def test_depth_is_measured_in_metres_where_it_is_known() -> None:
     with torch.no_grad():  # 6 metres everywhere: (6 - 5) / 2
         layer.weight.zero_()
         layer.bias.fill_(0.5)
-    (task,) = build_tasks({"depth": {"type": "depth"}}, model, 0)
+    (task,) = build_tasks({"depth": {"type": "depth_in_metres"}}, model, 0)
     metres = torch.full((1, 16, 24), 4.0)
     metres[0, :8], metres[0, 8:, :12] = 5.0, torch.nan
     task.fit(Batch({"image": batch(1).signals["image"], "depth": torch.full((1, 16, 24), 7.0)}, torch.arange(1)))
@@ -258,10 +258,10 @@ def test_depth_is_measured_in_metres_where_it_is_known() -> None:
 def test_depth_without_a_scale_or_seen_by_the_encoder_is_refused() -> None:
     relative = built("depth", {"type": "linear_dense"}, depth={**DEPTH, "normalise": "truncated"})
     with pytest.raises(M3Error, match="map by map has no scale; set `normalise: fixed`"):
-        build_tasks({"depth": {"type": "depth"}}, relative, 0)
+        build_tasks({"depth": {"type": "depth_in_metres"}}, relative, 0)
     seen = built("depth", {"type": "linear_dense"}, inputs=("image", "depth"))
     with pytest.raises(M3Error, match="the encoder sees `depth` itself"):
-        build_tasks({"depth": {"type": "depth"}}, seen, 0)
+        build_tasks({"depth": {"type": "depth_in_metres"}}, seen, 0)
     classes = built("semantic", {"type": "linear_dense"})
     with pytest.raises(M3Error, match="`semantic` is no depth"):
-        build_tasks({"depth": {"type": "depth", "target": "semantic"}}, classes, 0)
+        build_tasks({"depth": {"type": "depth_in_metres", "target": "semantic"}}, classes, 0)

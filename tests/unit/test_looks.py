@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from m3.model import M3Model
 from m3.network import build_modalities
 from m3.plugins import Tokenizer
 from m3.pooling import Pooling
-from m3.progress import Skipped
+from m3.progress import Lines, Skipped
 from m3.recipe import DataSpec, recipe_from
 from m3.signals import Look
 from m3.types import Encoded, MaskPlan
@@ -109,7 +110,7 @@ def model() -> M3Model:
 
 
 @torch.no_grad()
-def test_accuracy_averages_the_probabilities_of_clips_and_crops() -> None:
+def test_accuracy_averages_the_probabilities_of_clips_and_crops(tmp_path: Path) -> None:
     part, samples = model(), films()
     part.classifier().head.weight.normal_()
     (task,) = build_tasks({"class": {"type": "accuracy", "clips": 3, "crops": 2}}, part, 0)
@@ -117,7 +118,8 @@ def test_accuracy_averages_the_probabilities_of_clips_and_crops() -> None:
     settings = {"objectives": {"c": {"type": "classify"}}, "modalities": CLIPS, "train": {"steps": 1}}
     recipe = recipe_from({**settings, "evaluate": {"samples": 4, "fit_samples": 4}}, "films")
     console = Console(quiet=True)
-    held_out = HeldOut(recipe, part, [task], samples, samples.source, Skipped(console, "s", 4, 0.0), console)
+    metrics = Lines(tmp_path / "metrics.jsonl", console)
+    held_out = HeldOut(recipe, part, [task], samples, samples.source, Skipped(console, "s", 4, 0.0), console, metrics)
     looked = []
     original = part.classify
 

@@ -26,7 +26,7 @@ NEAREST = 1e-6
 """Metres; a prediction of less counts as this."""
 
 
-class Depth(Task):
+class DepthInMetres(Task):
     """delta1, root mean square error and mean absolute error of all known places (Eigen et al. 2014, section 4.1).
 
     The baseline is the median of the training samples' depths.
