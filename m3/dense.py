@@ -9,6 +9,8 @@ encoder, d channels of a map, C channels or classes of the target, P numbers pre
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, PositiveInt
@@ -32,7 +34,7 @@ class DenseSpec(Strict):
     reads: tuple[str, ...] | None = Field(default=None, min_length=1)
 
 
-class Dense(nn.Module):
+class Dense(nn.Module, ABC):
     """What dense decoders share; a subclass defines `draw`, and in `layers` the blocks that it reads, if any."""
 
     layers: tuple[int, ...] = ()
@@ -79,9 +81,9 @@ class Dense(nn.Module):
         order = (0, 2, 4, 3, 5, 1) if self.is_classes else (0, 2, 4, 1, 3, 5)  # scores lie class by class at each place
         return take(cut.permute(order).flatten(3).flatten(1, 2), index)
 
+    @abstractmethod
     def draw(self, grids: list[Tensor], size: tuple[int, int]) -> Tensor:
         """Make a map (B, C, *size) of the states of each layer (B, D times the inputs, h, w)."""
-        raise NotImplementedError
 
     def _laid_out(self, states: Tensor, encoded: Encoded, tokens: dict[str, Tokens]) -> Tensor:
         """Put states (B, V, D) in their places on the grid; a hidden token or an absent modality is 0 there."""

@@ -6,6 +6,7 @@ Letters: B batch, n samples, N tokens of a modality, P values per token, F featu
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -98,6 +99,7 @@ class LabelTask(Task):
         self._labels_seen: set[str] = set()
         self._begin()
 
+    @abstractmethod
     def guess(
         self, features: dict[str, np.ndarray], labels: np.ndarray, truth: np.ndarray
     ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -108,7 +110,6 @@ class LabelTask(Task):
             labels: of the training samples, (n,) int64.
             truth: of the held-out samples, (m,) int64; for a protocol that reports the best of several.
         """
-        raise NotImplementedError
 
     @property
     def wants_training_samples(self) -> bool:
