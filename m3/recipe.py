@@ -102,6 +102,8 @@ class DataSpec(Strict):
             an `AugmentSpec`.
         mixup: mix training samples and their labels with each other, for fine-tuning; null: they stay as they are.
         repeats: crops of a sample that are used in a row, from one reading (repeated augmentation).
+        keep: samples that each worker keeps in memory as they were read, before crops, so that the next epoch need not
+            read them again; for data that are small, and slow to read or to render.
         bucket: sort samples of similar length into a batch; null: batches are drawn at random.
         drop: probability that a training sample loses a modality, for all or for each by name; one always stays.
         workers: processes that load data; 0 loads in the training process.
@@ -120,6 +122,7 @@ class DataSpec(Strict):
     augment: dict[str, list[dict[str, Any]]] = Field(default={})
     mixup: MixupSpec | None = None
     repeats: PositiveInt = 1
+    keep: NonNegativeInt = 0
     bucket: BucketSpec | None = None
     drop: Share | dict[str, Share] = 0.0
     workers: NonNegativeInt = 2

@@ -63,12 +63,12 @@ class Samples(Dataset[Loaded]):
         is_training = source.split == "train"
         self.mixup = Mixup(spec.mixup, spec, modalities, seed) if spec.mixup and is_training else None
         self.look = Look()
-        self._last: tuple[int, Sample] | None = None
+        self._kept: dict[int, Sample] = {}
 
     def seen(self, look: Look) -> Samples:
         """Return the same held-out samples, looked at in another way."""
         other = copy.copy(self)
-        other.look, other._last = look, None
+        other.look, other._kept = look, {}
         return other
 
     def __getitem__(self, at: tuple[int, int]) -> Loaded:
@@ -102,7 +102,7 @@ class Samples(Dataset[Loaded]):
         if isinstance(pairs, Drawn):
             assert self.source.stream is not None, "rows of a stream come from a source that has one"
             own = copy.copy(self)
-            own.source, own._last = self.source.stream.source(pairs.rows), None
+            own.source, own._kept = self.source.stream.source(pairs.rows), {}
             return own.__getitems__(pairs.pairs)
         try:
             batch = self.collate([self[pair] for pair in pairs])
@@ -115,11 +115,13 @@ class Samples(Dataset[Loaded]):
         return collate(samples, self.modalities, tuple(self.modalities))
 
     def _read(self, number: int) -> Sample:
-        """Read a sample, or take the last one again: repeated crops are decoded once."""
-        if self._last is None or self._last[0] != number:
+        """Read a sample, or take one of the last that were read: repeated crops are decoded once."""
+        if number not in self._kept:
             sample = self.source.read(number)
-            self._last = (number, with_labels(sample, self.modalities, self.spec.missing == "allow"))
-        return self._last[1]
+            self._kept[number] = with_labels(sample, self.modalities, self.spec.missing == "allow")
+            if len(self._kept) > max(1, self.spec.keep):
+                del self._kept[next(iter(self._kept))]
+        return self._kept[number]
 
     def fit(self, sample: Sample, position: int, skipped: tuple[tuple[str, str], ...] = ()) -> Loaded:
         """Cut, check, crop and resize the signals of a sample, as its position in the run decides."""

@@ -16,6 +16,7 @@ from m3.plugins import Crop
 from m3.processor import M3Processor
 from m3.recipe import load_recipe
 from m3.train import build_model, open_source
+from m3.types import Batch
 
 MODALITIES = {
     "image": {"type": "image", "size": [32, 48]},
@@ -59,6 +60,27 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     for alone, shared in zip(train_loader(samples, order, 0), train_loader(samples, order, 2), strict=True):
         assert alone.ids == shared.ids
         assert all(torch.equal(alone.signals[name], shared.signals[name]) for name in alone.signals)
+
+
+def test_kept_samples_are_read_once_and_are_the_same(tmp_path: Path) -> None:
+    read: dict[int, list[int]] = {}
+    batches: dict[int, list[Batch]] = {}
+    for keep in (0, 3, 6):
+        recipe = shrink(load_recipe("mae_tiny", ["data.samples=6", f"data.keep={keep}"]), tmp_path)
+        model = build_model(recipe)
+        source = open_source(recipe, model, "train")
+        samples = Samples(source, model.modalities, recipe.data, recipe.seed)
+        numbers, reads = read.setdefault(keep, []), source.read
+        source.read = lambda number, numbers=numbers, reads=reads: [numbers.append(number), reads(number)][1]  # type: ignore[method-assign]
+        batches[keep] = list(train_loader(samples, Order(6, 0, 2, stop=9), 0))
+    assert sorted(read[6]) == list(range(6))
+    assert len(read[0]) == 18
+    assert 6 < len(read[3]) < 18
+    for other in (3, 6):
+        for once, again in zip(batches[0], batches[other], strict=True):
+            assert once.ids == again.ids
+            assert torch.equal(once.signals["image"], again.signals["image"])
+    assert len({x.signals["image"].sum().item() for x in batches[6]}) == 9, "crops differ from epoch to epoch"
 
 
 def test_one_crop_keeps_all_modalities_aligned() -> None:
