@@ -14,11 +14,11 @@ from torch import Tensor
 
 from m3.data.geometry import fit_map
 from m3.data.recording import Clip
-from m3.data.video import Frames, open_video
+from m3.data.video import Frames, open_video, read_clip
 from m3.drawing import hide
 from m3.errors import M3Error
 from m3.modalities.image import Image
-from m3.plugins import Crop, File, Signal
+from m3.plugins import Crop, File, Signal, ending
 from m3.samples import numbers
 
 SHOWN = 4
@@ -40,7 +40,7 @@ class Video(Image):
         frames: PositiveInt = 16
         stride: PositiveInt | None = 4
 
-    extensions = (".mp4", ".mkv", ".webm", ".mov", ".avi")
+    extensions = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".npz")
 
     @property
     def signal(self) -> Signal:
@@ -52,8 +52,11 @@ class Video(Image):
         return torch.zeros(count, self.spec.channels, self.spec.frames, *self.size, dtype=torch.uint8)
 
     def load(self, file: File) -> Any:
-        """Find the frames of a video; `cut` decodes those that are needed, and only those."""
-        return open_video(file)
+        """Find the frames of a video; `cut` decodes those that are needed, and only those.
+
+        A .npz holds a whole clip: `frames` uint8 (T, H, W, C) and, if they are known, `times` float32 (T,) in seconds.
+        """
+        return read_clip(file) if ending(file) == ".npz" else open_video(file)
 
     def cut(self, sample: Any, moment: float) -> Any:
         """Choose T frames of a video or of a longer clip; the last one is repeated where there are too few."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image as PILImage
 
+from m3.data.recording import Clip, Sound
 from m3.errors import M3Error
 
 
@@ -39,8 +40,8 @@ class Member(io.BytesIO):
 def encode(signal: Any) -> Stored:
     """Store a signal that exists only in memory, without loss.
 
-    Text becomes .txt (UTF-8), uint8 (H, W) or (H, W, 3) and pictures .png, a mapping of arrays .npz, a list of rows
-    with names in them (boxes) .json, every other array .npy.
+    Text becomes .txt (UTF-8), uint8 (H, W) or (H, W, 3) and pictures .png, a `Sound` .wav of floats, a `Clip` and a
+    mapping of arrays .npz, a list of rows with names in them (boxes) .json, every other array .npy.
 
     Raises:
         M3Error: the signal is nothing of these.
@@ -48,6 +49,10 @@ def encode(signal: Any) -> Stored:
     if isinstance(signal, str):
         return Stored(".txt", signal.encode())
     file = io.BytesIO()
+    if isinstance(signal, Sound):
+        return Stored(".wav", _wave(signal))
+    if isinstance(signal, Clip):
+        signal = {name: x for name, x in signal._asdict().items() if x is not None}
     if isinstance(signal, dict):
         np.savez(file, **signal)
         return Stored(".npz", file.getvalue())
@@ -62,3 +67,12 @@ def encode(signal: Any) -> Stored:
         raise M3Error(f"a signal of type {type(signal).__name__} has no file form; give text, a picture or an array.")
     np.save(file, array, allow_pickle=False)
     return Stored(".npy", file.getvalue())
+
+
+def _wave(sound: Sound) -> bytes:
+    """Return a .wav file with the samples as they are."""
+    from scipy.io import wavfile
+
+    file = io.BytesIO()
+    wavfile.write(file, sound.rate, np.ascontiguousarray(sound.samples.T, dtype=np.float32))
+    return file.getvalue()

@@ -64,6 +64,20 @@ def open_video(file: File) -> Frames:
     raise M3Error(f"videos need PyAV (or decord, or torchcodec); {INSTALL}.")
 
 
+def read_clip(file: File) -> Clip:
+    """Read a clip that was stored without loss: a .npz with `frames` and perhaps `times`.
+
+    Raises:
+        M3Error: it has no `frames`.
+    """
+    with np.load(file, allow_pickle=False) as arrays:
+        if "frames" not in arrays:
+            raise M3Error(
+                f"an .npz with a video must hold an array `frames`, this one holds {', '.join(arrays.files)}."
+            )
+        return Clip(arrays["frames"], arrays["times"] if "times" in arrays else None)
+
+
 def threads() -> int:
     """Return how many threads a decoder may use: as many as torch, which has one in each of a loader's workers."""
     return min(torch.get_num_threads(), MOST_THREADS)

@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
 from m3.data.check import check, print_report
 from m3.data.commands import add_arguments
+from m3.data.loader import Samples
 from m3.data.pack import Packed, pack
 from m3.data.source import open_source
 from m3.errors import M3Error
 from m3.modalities.image import Image
-from m3.recipe import DataSpec
+from m3.network import build_modalities
+from m3.recipe import DataSpec, load_recipe
 from tests.unit.shard_files import ALL, Text, contents, modalities, open_data, png, scenes, write_tar
 
 # ---------------------------------------------------------------------------------------------- packing
@@ -90,6 +93,24 @@ def test_shards_of_another_pack_are_refused(tmp_path: Path) -> None:
     (tmp_path / "out/000000.tar").write_bytes((tmp_path / "out/000001.tar").read_bytes())
     with pytest.raises(M3Error, match=r"000000.tar holds 3 samples that are not the 3 of this shard"):
         pack(folder, modalities(*ALL), tmp_path / "out", 3)
+
+
+def test_every_signal_of_the_world_is_the_same_from_a_pack(tmp_path: Path) -> None:
+    recipe = load_recipe("everything_tiny", ["data.drop=0", "data.samples=3"])
+    parts = build_modalities(recipe.modalities)
+    world = open_source(recipe.data, parts, recipe.seed, "train")
+    assert pack(world, parts, tmp_path / "out") == Packed(1, 0)
+    shards = open_source(DataSpec(source="shards", root=str(tmp_path / "out"), held_out=0), parts, 0, "train")
+    drawn = Samples(world, parts, recipe.data, recipe.seed), Samples(shards, parts, recipe.data, recipe.seed)
+    for number in range(3):
+        made, read = (samples[(number, number)] for samples in drawn)
+        assert set(made.signals) == set(recipe.modalities) == set(read.signals)
+        assert made.id == read.id
+        assert made.labels == read.labels
+        for name, signal in made.signals.items():
+            assert torch.equal(torch.as_tensor(signal), torch.as_tensor(read.signals[name])), name
+        assert made.times.keys() == read.times.keys()
+        assert all(torch.equal(times, read.times[name]) for name, times in made.times.items())
 
 
 def test_what_could_not_be_read_again_is_not_packed(tmp_path: Path) -> None:

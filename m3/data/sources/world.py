@@ -31,6 +31,7 @@ class Options(Strict):
         fps: frames per second.
         sound_rate: samples of sound per second.
         points: of a cloud.
+        camera: `turning` on a slow circle, or `still`.
         objects: `all` of a scene, or of each scene only the `main` one, with the most pixels.
     """
 
@@ -38,6 +39,7 @@ class Options(Strict):
     fps: PositiveFloat = USUAL.fps
     sound_rate: PositiveInt = USUAL.sound_rate
     points: PositiveInt = USUAL.points
+    camera: Literal["turning", "still"] = "turning"
     objects: Literal["all", "main"] = "all"
 
 
@@ -47,7 +49,11 @@ class World(Source):
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
         options = read_settings(Options, spec.options, "data.options")
-        offer = Offer(**options.model_dump(exclude={"objects"}), is_alone=options.objects == "main")
+        offer = Offer(
+            **options.model_dump(exclude={"objects", "camera"}),
+            is_alone=options.objects == "main",
+            is_camera_still=options.camera == "still",
+        )
         self.types = {name: part.reads or type_name(type(part).__name__) for name, part in modalities.items()}
         for name, kind in self.types.items():
             if kind not in WorldSource.SIGNALS:

@@ -34,6 +34,7 @@ class Offer:
         sound_rate: samples per second.
         points: of a cloud.
         is_alone: leave of each scene only the object with the most pixels.
+        is_camera_still: the camera stays where it is at time 0.
         features: values of a region's feature.
         classes: of a region's soft labels.
     """
@@ -43,6 +44,7 @@ class Offer:
     sound_rate: int = 16000
     points: int = 1024
     is_alone: bool = False
+    is_camera_still: bool = False
     features: int = 192
     classes: int = 1 + len(SHAPES)
 
@@ -111,6 +113,8 @@ class WorldSource:
                 f"scene {index} does not exist: the {self.split} split has {self.length} scenes, numbered from 0"
             )
         scene = sample_scene(self.seed, index, self.split)
+        if self.offer.is_camera_still:
+            scene = replace(scene, camera=replace(scene.camera, turn=0.0))
         frame = render(scene, self.height, self.width)
         seen = np.bincount(frame.instance.ravel(), minlength=len(scene.objects) + 1) / frame.instance.size
         number = int(seen[1:].argmax())
