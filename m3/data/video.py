@@ -75,7 +75,7 @@ def read_clip(file: File) -> Clip:
             raise M3Error(
                 f"an .npz with a video must hold an array `frames`, this one holds {', '.join(arrays.files)}."
             )
-        return Clip(arrays["frames"], arrays["times"] if "times" in arrays else None)
+        return Clip(arrays["frames"], arrays.get("times"))
 
 
 def threads() -> int:
