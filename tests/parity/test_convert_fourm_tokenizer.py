@@ -145,7 +145,14 @@ def opened(folder: Path, *overrides: str) -> convert.Conversion:
     return convert.convert(folder, [f"backbone.heads={HEADS}", *overrides])
 
 
+@pytest.fixture(params=[{}, {"WIDTH": 36, "SIDE": 4, "CODES": 50, "LATENT": 8}], ids=["small", "larger"])
+def sizes(request, monkeypatch):
+    for name, value in request.param.items():
+        monkeypatch.setitem(globals(), name, value)
+
+
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"])
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize(("has_mlp", "is_cosine"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_and_what_they_stand_for_are_theirs(tmp_path: Path, kind, has_mlp, is_cosine, dtype, near):

@@ -101,7 +101,7 @@ class MultiMae(nn.Module):
         super().__init__()
         self.global_tokens = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.input_adapters = nn.ModuleDict({name: InputAdapter(name) for name in inputs})
-        self.encoder = nn.Sequential(*[Block(WIDTH, 3, 4 * WIDTH) for _ in range(2)])
+        self.encoder = nn.Sequential(*[Block(WIDTH, WIDTH // 64, 4 * WIDTH) for _ in range(2)])
         adapters = {name: OutputAdapter(name, inputs, depth) for name in outputs}
         if outputs:
             self.output_adapters = nn.ModuleDict(adapters)
@@ -143,7 +143,14 @@ CASES = [(ALL, [*ALL, "norm_rgb"], 2), (ALL, ALL, 1), (["rgb", "semseg"], ["sems
 VISIBLE = {"image": [[0, 4, 5], [1, 2, 8]], "depth": [[3], [7]], "semantic": [[2, 6], [0, 1]]}
 
 
+@pytest.fixture(params=[{}, {"GRID": 4, "PATCH": 8, "WIDTH": 384, "INNER": 64}], ids=["small", "larger"])
+def sizes(request, monkeypatch):
+    for name, value in request.param.items():
+        monkeypatch.setitem(globals(), name, value)
+
+
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"])
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize(("inputs", "outputs", "depth"), CASES)
 def test_predictions_are_theirs(tmp_path: Path, inputs, outputs, depth, dtype, near):
     path, theirs = saved(tmp_path, inputs, outputs, depth)

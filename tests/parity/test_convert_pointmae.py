@@ -106,7 +106,14 @@ def saved(folder: Path) -> tuple[Path, PointMae]:
 GIVEN = ["backbone.heads=3", f"modalities.points.tokenizer.groups={GROUPS}"]
 
 
+@pytest.fixture(params=[{}, {"WIDTH": 60, "K": 7}], ids=["small", "larger"])
+def sizes(request, monkeypatch):
+    for name, value in request.param.items():
+        monkeypatch.setitem(globals(), name, value)
+
+
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"])
+@pytest.mark.usefixtures("sizes")
 def test_predictions_are_theirs_and_the_file_comes_back_equal(tmp_path: Path, dtype, near):
     path, theirs = saved(tmp_path)
     found = convert.convert(path, GIVEN)

@@ -87,16 +87,18 @@ def test_predictions_of_hidden_tubes_are_those_of_transformers(tmp_path: Path, i
     assert difference(found, expected) < near
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"])
+@pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("is_pooled", [False, True])
-def test_an_encoder_alone_gives_the_states_of_transformers(tmp_path: Path, is_pooled):
-    theirs = build(VideoMAEModel, use_mean_pooling=is_pooled)
+def test_an_encoder_alone_gives_the_states_of_transformers(tmp_path: Path, is_pooled, is_large, dtype, near):
+    theirs = build(VideoMAEModel, is_large, use_mean_pooling=is_pooled)
     theirs.save_pretrained(tmp_path)
-    model = convert.load(tmp_path).double()
+    model = convert.load(tmp_path).to(dtype)
     assert not model.objectives
-    signals, turned = clips(model, torch.float64)
+    signals, turned = clips(model, dtype)
     with torch.no_grad():
-        expected = theirs.double()(turned).last_hidden_state
-    assert difference(encode_all(model, signals), expected) < 1e-9
+        expected = theirs.to(dtype)(turned).last_hidden_state
+    assert difference(encode_all(model, signals), expected) < near
 
 
 def test_a_classifier_is_left_out_with_its_reason(tmp_path: Path):
