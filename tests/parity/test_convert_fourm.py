@@ -19,12 +19,12 @@ from m3.errors import M3Error
 from m3.random import Draws
 from m3.types import MaskPlan
 from tests.parity import published_fourm as fourm
-from tests.parity.foreign_models import (
-    assert_same_tensors,
+from tests.parity.published import (
+    assert_equal,
     difference,
     encoded_view,
     pixels,
-    randomise,
+    randomised,
     tensors_in,
     tokens_of,
 )
@@ -33,7 +33,7 @@ from tokenizers import Tokenizer
 
 def saved(folder: Path, style: str = "swiglu", is_tied: bool = True) -> fourm.FourM:
     """As the hub keeps it: shared tensors once, the config beside them."""
-    theirs = randomise(fourm.FourM(style, is_tied), seed=51)
+    theirs = randomised(fourm.FourM(style, is_tied), seed=51)
     once, seen = {}, set()
     for name, x in theirs.state_dict().items():
         if x.data_ptr() not in seen:
@@ -143,12 +143,12 @@ def test_scores_of_hidden_words_are_theirs(tmp_path: Path, style, is_tied, dtype
 def test_the_file_comes_back_equal(tmp_path: Path, style):
     theirs = saved(tmp_path, style)
     convert.save(convert.load(tmp_path), tmp_path / "ours", "fourm")
-    assert_same_tensors(tensors_in(tmp_path / "ours"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours"), theirs.state_dict())
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert (config["dim"], config["num_heads"], config["encoder_depth"], config["decoder_depth"]) == (24, 3, 2, 3)
     assert (config["qkv_bias"], config["gated_mlp"], config["qk_norm"]) == fourm.STYLES[style]
     assert sorted(config["domains_out"]) == sorted([*fourm.CODES, *fourm.SEQUENCES])
-    assert_same_tensors(convert.load(tmp_path / "ours").state_dict(), convert.load(tmp_path).state_dict())
+    assert_equal(convert.load(tmp_path / "ours").state_dict(), convert.load(tmp_path).state_dict())
 
 
 def test_one_file_has_its_config_as_text_which_is_never_run(tmp_path: Path):
@@ -161,7 +161,7 @@ def test_one_file_has_its_config_as_text_which_is_never_run(tmp_path: Path):
     save_file(tensors, tmp_path / "4m.safetensors", metadata=metadata)
     model = convert.load(tmp_path / "4m.safetensors")
     assert model.config.backbone["heads"] == fourm.HEADS
-    assert_same_tensors(model.state_dict(), convert.load(tmp_path).state_dict())
+    assert_equal(model.state_dict(), convert.load(tmp_path).state_dict())
 
 
 def test_tensors_that_must_be_one_and_are_two_are_refused(tmp_path: Path):
@@ -193,7 +193,7 @@ def test_heads_of_their_own_come_back_equal_but_for_embeddings_that_nothing_read
     convert.save(model, tmp_path / "ours", "fourm")
     unread = {f"decoder_embeddings.{name}.token_emb.weight" for name in fourm.CODES}
     heads = {name: theirs[name.replace("token_emb", "to_logits")] for name in unread}
-    assert_same_tensors(tensors_in(tmp_path / "ours"), theirs | heads)
+    assert_equal(tensors_in(tmp_path / "ours"), theirs | heads)
 
 
 def test_words_have_the_ids_of_the_vocabulary_that_is_given(tmp_path: Path):
@@ -232,7 +232,7 @@ def test_a_choice_of_modalities_leaves_the_others_out_by_name(tmp_path: Path):
     assert set(found.left.values()) == {"it was not chosen"}
     kept = {name: x for name, x in theirs.state_dict().items() if not set(name.split(".")) & parts}
     convert.save(found.model, tmp_path / "ours", "fourm")
-    assert_same_tensors(tensors_in(tmp_path / "ours"), kept)
+    assert_equal(tensors_in(tmp_path / "ours"), kept)
     with pytest.raises(M3Error, match=r"modalities names `tok_dept`.*Did you mean `tok_depth`"):
         convert.load(tmp_path, ["modalities=rgb,tok_dept"])
     with pytest.raises(M3Error, match="none of `modalities` is one that it predicts"):
@@ -301,7 +301,7 @@ def test_positions_of_a_sequence_are_known_when_they_are_made_in_float32(tmp_pat
 
 def test_pixels_of_more_channels_are_read_by_the_size_in_their_name(tmp_path: Path):
     """TerraMind's, whose layout is 4M's."""
-    theirs = randomise(fourm.FourM("gelu"), seed=52)
+    theirs = randomised(fourm.FourM("gelu"), seed=52)
     tensors = {name: x.clone() for name, x in theirs.state_dict().items()}
     weight = torch.randn(fourm.WIDTH, 5 * fourm.PATCH**2, generator=torch.Generator().manual_seed(2))
     for part, x in (("proj.weight", weight), ("pos_emb", fourm.table()), ("mod_emb", torch.randn(1, 1, fourm.WIDTH))):
@@ -321,4 +321,4 @@ def test_pixels_of_more_channels_are_read_by_the_size_in_their_name(tmp_path: Pa
     )
     assert difference(tokenizer.embed(tokenizer.tokenize(values).values), cut @ weight.t()) < 1e-5
     convert.save(found.model, tmp_path / "ours", "fourm")
-    assert_same_tensors(tensors_in(tmp_path / "ours"), tensors)
+    assert_equal(tensors_in(tmp_path / "ours"), tensors)

@@ -18,7 +18,7 @@ from m3 import convert
 from m3.errors import M3Error
 from m3.network import build_modalities, resolved
 from m3.tokenizer_model import M3Tokenizer
-from tests.parity.foreign_models import assert_same_tensors, difference, randomise, tensors_in
+from tests.parity.published import assert_equal, difference, randomised, tensors_in
 from tests.parity.published_blocks import Block
 
 WIDTH, HEADS, SIDE, CODES, LATENT = 24, 3, 3, 40, 6
@@ -127,7 +127,7 @@ class Vqvae(nn.Module):
 
 
 def saved(folder: Path, kind: str, settings: dict | None = None, **options) -> Vqvae:
-    theirs = randomise(Vqvae(kind, **options), seed=61)
+    theirs = randomised(Vqvae(kind, **options), seed=61)
     save_file(theirs.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(settings or {}))
     return theirs
@@ -188,7 +188,7 @@ def test_the_file_comes_back_equal(tmp_path: Path, kind, options):
     quantiser = model.config.objectives["autoencode"]["quantiser"]
     assert (quantiser["decay"], quantiser["commitment"]) == (0.9, 0.5)
     convert.save(model, tmp_path / "ours", "fourm_tokenizer")
-    assert_same_tensors(tensors_in(tmp_path / "ours"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours"), theirs.state_dict())
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert (config["codebook_size"], config["latent_dim"], config["n_labels"]) == (CODES, LATENT, KINDS[kind][2])
     assert (config["n_channels"], config["patch_proj"]) == (KINDS[kind][0], kind != "features")
@@ -251,7 +251,7 @@ def test_learned_positions_are_kept(tmp_path: Path):
     x = signal_of("image")
     assert torch.equal(M3Tokenizer(model).encode(x), theirs.tokens(x).flatten(1))
     convert.save(model, tmp_path / "ours", "fourm_tokenizer")
-    assert_same_tensors(tensors_in(tmp_path / "ours"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours"), theirs.state_dict())
 
 
 def test_a_missing_and_a_foreign_tensor_are_named(tmp_path: Path):

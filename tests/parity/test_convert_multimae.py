@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from m3 import convert
 from m3.errors import M3Error
 from m3.types import MaskPlan
-from tests.parity.foreign_models import (
-    assert_same_tensors,
+from tests.parity.published import (
+    assert_equal,
     difference,
     encode_all,
     encoded_view,
-    normalised,
     pixels,
-    randomise,
+    randomised,
+    signals_of,
     tensors_in,
     tokens_of,
 )
@@ -123,7 +123,7 @@ class MultiMae(nn.Module):
 
 
 def saved(folder: Path, inputs: list[str], outputs: list[str], depth: int = 2) -> tuple[Path, MultiMae]:
-    theirs = randomise(MultiMae(inputs, outputs, depth), seed=21)
+    theirs = randomised(MultiMae(inputs, outputs, depth), seed=21)
     torch.save({"model": theirs.state_dict(), "epoch": 1}, folder / "theirs.pth")
     return folder / "theirs.pth", theirs
 
@@ -178,7 +178,7 @@ def test_predictions_are_theirs(tmp_path: Path, inputs, outputs, depth, dtype, n
 def test_the_file_comes_back_equal(tmp_path: Path, inputs, outputs, depth):
     path, theirs = saved(tmp_path, inputs, outputs, depth)
     convert.save(convert.load(path), tmp_path / "ours.pth", "multimae")
-    assert_same_tensors(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
 
 
 def test_what_is_learned_is_the_paper_s(tmp_path: Path):
@@ -223,14 +223,14 @@ def test_the_twin_in_timms_names_is_a_vit_with_the_rows_first(tmp_path: Path):
         final_norm=False,
     ).eval()  # fmt: skip
     vit.load_state_dict(twin)
-    signals = normalised(found.model, {"image": pixels(2, (12, 12))}, torch.float32)
+    signals = signals_of(found.model, {"image": pixels(2, (12, 12))}, torch.float32)
     with torch.no_grad():
         expected = vit(signals["image"])
         own = theirs.encode({"rgb": signals["image"]}, {"rgb": torch.arange(9).expand(2, -1)})
     assert difference(encode_all(found.model, signals), expected) < 1e-6
     assert difference(expected, own.roll(1, dims=1)) < 1e-6
     convert.save(found.model, tmp_path / "ours.pth", "vit")
-    assert_same_tensors(tensors_in(tmp_path / "ours.pth"), twin)
+    assert_equal(tensors_in(tmp_path / "ours.pth"), twin)
 
 
 def test_a_missing_and_a_foreign_tensor_are_named(tmp_path: Path):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from m3 import M3Model, convert
 from m3.errors import M3Error
 from m3.types import Batch
+from tests.parity.published import randomised
 
 timm = pytest.importorskip("timm", reason="parity needs timm")
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 3, "num_heads": 3, "num_classes": 0}
@@ -25,17 +26,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     | {"embed_dim": 384, "num_heads": 6, "reg_tokens": 4, "no_embed_class": True},
     "no class token": VIT | {"class_token": False, "global_pool": "avg", "fc_norm": False},
 }
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    """Every parameter random, so that none can be forgotten."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            is_scale = "norm" in name and name.endswith("weight")
-            parameter.copy_(noise * (0.1 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5) + is_scale)
-    return module.eval()
 
 
 def pictures(size: int, count: int = 2) -> Tensor:
