@@ -269,3 +269,14 @@ def test_its_modalities_can_not_be_divided(tmp_path: Path):
     saved(tmp_path, "depth")
     with pytest.raises(M3Error, match="can't be taken by themselves; leave `modalities=` out"):
         opened(tmp_path, "modalities=depth")
+
+
+@pytest.mark.parametrize("book", [{"quantize.codes": (16, 8, 4), "quantize.to_k.weight": (8, 8, 1)}, {}])
+def test_tokenizers_with_an_mlp_are_refused_in_one_sentence(tmp_path: Path, book):
+    names = {"quant_proj.weight": (8, 24), "encoder.layers.0.weight": (24, 24), "decoder.layers.0.weight": (24, 24)}
+    names |= book or {"quantize._codebook.embed": (16, 8)}
+    save_file({name: torch.ones(shape) for name, shape in names.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        M3Error, match=r"4M's tokenizer\): its codes are made by an MLP .*; take one with a ViT, or give"
+    ):
+        convert.load(tmp_path / "model.safetensors")
