@@ -17,8 +17,9 @@ class M3Config(PreTrainedConfig):
         towers: name -> settings of a transformer of its own for some modalities.
         objectives: name -> settings of the objective (`type`, masking, targets, decoders ...).
         seed: default seed of masks.
-        about: what is known of the weights, for the model card: `recipe` and `steps` that trained them, or `source`
-            that they were converted from; `metrics`; `license`, where somebody has said one.
+        about: what is known of the weights, for the model card: `recipe` and `steps` that trained them, with `init`
+            that they started from; or `source`, the format that they were converted from, and `weights`, what that
+            file was called; `metrics`; `license`, where somebody has said one.
     """
 
     model_type = "m3"

@@ -28,10 +28,11 @@ from safetensors.torch import save_file
 
 from m3 import formats
 from m3.backbone import BackboneSpec, TowerSpec
+from m3.card import loading
 from m3.config import M3Config
 from m3.errors import M3Error, nearest, read_settings, within
 from m3.foreign.adapt import adapt, keep_coordinates
-from m3.foreign.checkpoint import Foreign, read_foreign
+from m3.foreign.checkpoint import FILES, Foreign, named, read_foreign
 from m3.foreign.format import Format
 from m3.foreign.rows import Row, read_rows, write_rows
 from m3.model import M3Model
@@ -112,7 +113,9 @@ def convert(path: str | Path, overrides: Sequence[str] = (), format: str | None 
         if absent:
             raise M3Error(f"{path} has nothing for `{absent[0]}`, which the overrides ask for; leave them out.")
     model.load_state_dict(tensors, assign=True)
-    model.config.about = {"source": form.title}
+    model.config.about = {"source": form.title, "weights": named(path)}
+    if foreign.license:
+        model.config.about["license"] = foreign.license
     return Conversion(model.eval(), name, form.title, rows, read, reasons, notes)
 
 
@@ -135,7 +138,7 @@ def save(model: M3Model, out: str | Path, format: str) -> Path:
     config = _whole(model.config)  # type: ignore[arg-type]  # PreTrainedModel forgets its class
     with within(f"{format} ({form.title})"):
         tensors = write_rows(form.rows(config), model.state_dict(), form.title)
-    if out.suffix in (".pth", ".pt", ".bin"):
+    if out.suffix in FILES[1:]:
         torch.save({"model": tensors}, out)
         return out
     file = out if out.suffix == ".safetensors" else out / form.files[0]
@@ -148,11 +151,19 @@ def save(model: M3Model, out: str | Path, format: str) -> Path:
 
 
 def print_conversion(path: str, out: str, overrides: Sequence[str], format: str | None) -> None:
-    """Read a published checkpoint, write our model, and say what was found, table by table."""
+    """Read a published checkpoint, write our model into the folder `out`, and say what was found, table by table."""
+    if Path(out).is_file() or Path(out).suffix in FILES:
+        raise M3Error(
+            f"{out} must be a folder, as our model is several files; to write another format say --to FORMAT."
+        )
+    if Path(path).exists() and Path(out).resolve() in (Path(path).resolve(), Path(path).resolve().parent):
+        raise M3Error(f"{out} holds the weights that are read; give another folder for our model.")
     console = Console()
     found = convert(path, overrides, format)
     console.print(f"{path} is {found.title}", highlight=False, soft_wrap=True)
     console.print(_table(found))
+    used = len({name for row in found.rows for name in row.theirs})
+    console.print(f"{used} tensors are used, {len(found.left)} left out.", highlight=False)
     for name, reason in _grouped(found.left).items():
         console.print(f"[yellow]left out[/] {name}: {reason}", highlight=False, soft_wrap=True)
     for note in found.notes:
@@ -161,13 +172,9 @@ def print_conversion(path: str, out: str, overrides: Sequence[str], format: str 
         found.model.save_pretrained(out)
     M3Processor(found.model.config.modalities).save_pretrained(out)
     count = sum(p.numel() for p in found.model.parameters())
-    console.print(f"{count / 1e6:.1f} M parameters are in {out}. Load it:", highlight=False, soft_wrap=True)
-    console.print(
-        f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{out}")\n'
-        f'  processor = M3Processor.from_pretrained("{out}")',
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"{count:,} parameters are in {out}. Load it:", highlight=False, soft_wrap=True)
+    lines = loading(out, bool(found.model.inputs))
+    console.print("\n".join(f"  {line}" for line in lines), highlight=False, soft_wrap=True, markup=False)
 
 
 def names() -> list[str]:
@@ -206,7 +213,7 @@ def _recognised(foreign: Foreign, wanted: str | None) -> tuple[str, Format, Fore
             return name, form, tidied
     first = ", ".join(list(foreign.shapes)[:3])
     known = wanted or ", ".join(names())
-    raise M3Error(f"{foreign.where} has names such as {first}, which is none of the formats that are read ({known}).")
+    raise M3Error(f"{foreign.where} has names such as {first}, which are those of no format that is read ({known}).")
 
 
 def _whole(config: M3Config) -> M3Config:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from m3.foreign.adapt import adapt
 from m3.model import M3Model
 from m3.objectives.classify import Classify
 
+UNTOLD = ("heads", "mlp", "norm", "norm_eps", "causal")
+"""Settings of a transformer that the same tensors may have been trained with in another way."""
+
 
 @torch.no_grad()
 def load_weights(model: M3Model, source: str) -> str:
@@ -31,13 +35,14 @@ def load_weights(model: M3Model, source: str) -> str:
         source: folder or Hub id of a model of ours, or a published checkpoint that `m3 convert` reads.
 
     Returns:
-        Sentences that say what was taken, changed and left: in the model fresh, in the source unused.
+        Sentences that say what was taken, changed and left: in the model fresh, in the source unused, and which
+        settings differ that no tensor tells.
 
     Raises:
         M3Error: the source can't be read, has nothing in common with the model, or a weight can't be adapted.
     """
-    title, theirs, modalities = _opened(source)
-    own = model.state_dict()
+    title, other = _opened(source)
+    theirs, modalities, own = other.state_dict(), _modalities(other), model.state_dict()
     shared = {name: x for name, x in theirs.items() if name in own}
     if not shared:
         raise M3Error(f"init: {title} has no weight in common with this model; choose a model of the same parts.")
@@ -45,6 +50,7 @@ def load_weights(model: M3Model, source: str) -> str:
         config: Any = model.config
         said = _without_other_classes(shared, model)
         said += adapt(shared, modalities, config.modalities, {name: x.shape for name, x in own.items()})
+    said += _differences(model, other)
     for name, x in shared.items():
         own[name].copy_(x)
     sentences = [f"init: {len(shared)} of {len(own)} tensors come from {title}", *said]
@@ -71,16 +77,41 @@ def _without_other_classes(shared: dict[str, Tensor], model: M3Model) -> list[st
     return said
 
 
-def _opened(source: str) -> tuple[str, dict[str, Tensor], dict[str, Any]]:
-    """Return what the source is, its weights under our names, and its `modalities`."""
+def _differences(model: M3Model, other: M3Model) -> Iterator[str]:
+    """Say which settings that no tensor tells are others in a model whose weights are taken."""
+    here, there = _untold(model), _untold(other)
+    for name, value in here.items():
+        if name in there and there[name] != value:
+            is_short = len(f"{value}{there[name]}") < 200
+            yield f"{name} is {value} and seems to be {there[name]} there" if is_short else f"{name} is another there"
+
+
+def _untold(model: M3Model) -> dict[str, Any]:
+    transformers = {f"towers.{name}": tower for name, tower in model.towers.items()}
+    transformers |= {"backbone": model.backbone} if model.backbone else {}
+    found = {f"{name}.{key}": getattr(part.spec, key) for name, part in transformers.items() for key in UNTOLD}
+    for name, modality in model.modalities.items():
+        for key in ("mean", "std", "vocabulary"):
+            value = getattr(modality, key, getattr(modality.spec, key, None))
+            found |= {} if value is None else {f"modalities.{name}.{key}": value}
+    return found
+
+
+def _opened(source: str) -> tuple[str, M3Model]:
+    """Return what the source is, and the model."""
     if not _is_ours(source):
-        found = convert(source)
-        return f"{source} ({found.title})", found.model.state_dict(), _modalities(found.model)
+        try:
+            found = convert(source)
+        except M3Error as error:
+            if not re.search(r"give [\w.]+=", str(error)):
+                raise
+            asked = f"{str(error).rstrip('.')} to `m3 convert {source} FOLDER`, and start from FOLDER."
+            raise M3Error(f"init: {asked}") from error
+        return f"{source} ({found.title})", found.model
     try:
-        model = M3Model.from_pretrained(source)
+        return source, M3Model.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise M3Error(f"init: {source} can't be read as a model ({str(error).splitlines()[0]}); check it.") from error
-    return source, model.state_dict(), _modalities(model)
 
 
 def _is_ours(source: str) -> bool:

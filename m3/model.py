@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from m3 import masking
-from m3.card import write_card
+from m3.card import Facts, write_card
 from m3.errors import M3Error, nearest
 from m3.network import Network
 from m3.objectives.classify import Classify
@@ -68,7 +68,10 @@ class M3Model(Network):
         return super()._upload_modified_files(working_dir, *arguments, **options)
 
     def _write_card(self, folder: str | Path) -> None:
-        write_card(folder, self.config, sum(p.numel() for p in self.parameters()))  # type: ignore[arg-type]  # M3Config
+        config: Any = self.config
+        parts = [part for part in self.objectives.values() if isinstance(part, Predictor)]
+        predicted = {name for part in parts for name in part.modality_of.values()}
+        write_card(folder, Facts(config, sum(p.numel() for p in self.parameters()), self.inputs, predicted))
 
     @torch.no_grad()
     def encode(self, batch: Batch, layers: tuple[int, ...] = ()) -> Encoded:

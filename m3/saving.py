@@ -27,6 +27,7 @@ from m3.data.stream import StreamOrder, save_place
 from m3.ema import Average
 from m3.errors import M3Error, nearest
 from m3.evaluate.task import Row
+from m3.foreign.checkpoint import named
 from m3.model import M3Model
 from m3.processes import gathered, of_first, whole
 from m3.processor import M3Processor
@@ -373,7 +374,7 @@ def _process_file(folder: Path, rank: int) -> Path:
 
 def save_model(recipe: Recipe, model: M3Model, average: Average | None, steps: int) -> None:
     """Write the model of so many steps, and the one of averaged weights, as `from_pretrained` reads them."""
-    model.config.about = {"recipe": recipe.name, "steps": steps}
+    model.config.about = {"recipe": recipe.name, "steps": steps} | ({"init": named(recipe.init)} if recipe.init else {})
     processor = M3Processor(model.config.modalities)
     copies = {"model": None} if average is None else {"model": None, "model_ema": average}
     for name, weights in copies.items():

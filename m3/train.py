@@ -92,7 +92,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     raw_model = build_model(recipe)
     check_mix(spec.mix, list(raw_model.objectives))
     if recipe.init and not (resume and checkpoint.newest(run)):
-        console.print(load_weights(raw_model, recipe.init), soft_wrap=True)
+        console.print(load_weights(raw_model, recipe.init), soft_wrap=True, markup=False, highlight=False)
     plain_model = whole_model(accelerator, recipe, raw_model)
     tasks = build_tasks(recipe.evaluate.tasks, plain_model, recipe.seed)
     source = open_source(recipe, raw_model, "train")

@@ -9,7 +9,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,9 @@ NUMPY: Any = getattr(np, "_core", None) or np.core  # NumPy 1 has no `_core`
 HARMLESS = [argparse.Namespace, np.dtype, NUMPY.multiarray.scalar]
 HARMLESS += [getattr(np.dtypes, f"{name}DType") for name in ("Float32", "Float64", "Int64")]
 """What training checkpoints hold beside tensors and what only holds data."""
+
+FILES = (".safetensors", ".pth", ".pt", ".bin")
+"""Endings of files of weights."""
 
 NAMES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin", "open_clip_model.safetensors")
 """What the weights in a folder are called, best first."""
@@ -71,12 +74,14 @@ class Foreign:
         tensors: name -> tensor.
         shapes: name -> its shape.
         settings: of the library's own config file or of the file's metadata; empty where there are none.
+        license: what the folder says of it; None: nothing.
     """
 
     where: str
     tensors: Mapping[str, Tensor]
     shapes: dict[str, tuple[int, ...]]
     settings: dict[str, Any] = field(default_factory=dict)
+    license: str | None = None
 
     def renamed(self, *rules: tuple[str, str]) -> Foreign:
         """Return the same with every name changed by regular expressions, one after the other."""
@@ -86,27 +91,25 @@ class Foreign:
             for pattern, replacement in rules:
                 own = re.sub(pattern, replacement, own)
             new[own] = name
-        return Foreign(
-            self.where, _Renamed(self.tensors, new), {n: self.shapes[old] for n, old in new.items()}, self.settings
-        )
+        return self._of(new)
 
     def without_prefix(self, prefix: str) -> Foreign:
         """Return the tensors whose names begin so, without the beginning."""
-        new = {name.removeprefix(prefix): name for name in self.shapes if name.startswith(prefix)}
-        return Foreign(
-            self.where, _Renamed(self.tensors, new), {n: self.shapes[old] for n, old in new.items()}, self.settings
-        )
+        return self._of({name.removeprefix(prefix): name for name in self.shapes if name.startswith(prefix)})
 
     def with_aliases(self, names: dict[str, str]) -> Foreign:
         """Return the same where some tensors go by a second name too: new name -> the one that is there."""
-        every = {name: name for name in self.shapes} | names
-        shapes = {name: self.shapes[old] for name, old in every.items()}
-        return Foreign(self.where, _Renamed(self.tensors, every), shapes, self.settings)
+        return self._of({name: name for name in self.shapes} | names)
 
     def count(self, pattern: str) -> int:
         """Return how many different things stand at the first group of a regular expression: the number of blocks."""
         found = (re.match(pattern, name) for name in self.shapes)
         return len({match[1] for match in found if match})
+
+    def _of(self, names: dict[str, str]) -> Foreign:
+        """Return the same with the tensors of these names: new -> old."""
+        shapes = {name: self.shapes[old] for name, old in names.items()}
+        return replace(self, tensors=_Renamed(self.tensors, names), shapes=shapes)
 
 
 class _Renamed(Mapping[str, Tensor]):
@@ -127,12 +130,12 @@ def read_foreign(path: str | Path) -> Foreign:
     """Open a checkpoint: a .safetensors, .pth, .pt or .bin file, or a folder with one and a `config.json`.
 
     What is no file and looks like `owner/name` is a repository of the Hugging Face hub, e.g. `timm/NAME` for every
-    model of timm, and is downloaded (weights and settings alone).
+    model of timm, and is downloaded (weights, settings and card alone).
 
     Raises:
         M3Error: there is no such file, it is damaged, it is no checkpoint, or reading it would run code.
     """
-    is_file_name = Path(path).suffix in (".safetensors", ".pth", ".pt", ".bin")
+    is_file_name = Path(path).suffix in FILES
     if not Path(path).exists() and not is_file_name and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         path = _downloaded(str(path))
     path = Path(path)
@@ -142,11 +145,16 @@ def read_foreign(path: str | Path) -> Foreign:
     file = path
     if path.is_dir():
         file = next((path / name for name in NAMES if (path / name).exists()), None)
-        found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pth", ".pt", ".bin"))
+        found = sorted(p for p in path.iterdir() if p.suffix in FILES)
         file = file or (found[0] if len(found) == 1 else None)
         if file is None:
             raise M3Error(f"{path} holds {len(found)} files of weights; give one of them, or a folder with {NAMES[1]}.")
         settings = _settings(path)
+    return replace(_opened(path, file, settings), license=_license(path, settings))
+
+
+def _opened(path: Path, file: Path, settings: dict[str, Any]) -> Foreign:
+    """Open the file of weights that a path leads to."""
     if file.suffix == ".json":
         names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
         return _safetensors(str(path), [path / name for name in names], settings)
@@ -155,6 +163,11 @@ def read_foreign(path: str | Path) -> Foreign:
     if file.suffix == ".safetensors" or begin[8:9] == b"{":
         return _safetensors(str(path), [file], settings)
     return _pickled(str(path), file, settings)
+
+
+def named(path: str | Path) -> str:
+    """Return what a checkpoint is called elsewhere too: the name of a file or folder, or that of a repository."""
+    return Path(path).resolve().name if Path(path).exists() else str(path)
 
 
 def _downloaded(repository: str) -> str:
@@ -167,7 +180,7 @@ def _downloaded(repository: str) -> str:
         kinds = (
             ["*.safetensors"] if any(name.endswith(".safetensors") for name in files) else ["*.bin", "*.pth", "*.pt"]
         )
-        return snapshot_download(repository, allow_patterns=["*.json", *kinds])
+        return snapshot_download(repository, allow_patterns=["*.json", "README.md", *kinds])
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
         raise M3Error(
             f"`{repository}` is no file here, and the Hub gives nothing of that name ({str(error).splitlines()[0]}); "
@@ -184,6 +197,17 @@ def _settings(folder: Path) -> dict[str, Any]:
     if (folder / "preprocessor_config.json").exists():
         settings["preprocessor"] = json.loads((folder / "preprocessor_config.json").read_text())
     return settings
+
+
+def _license(path: Path, settings: dict[str, Any]) -> str | None:
+    """Return the licence that the card in a folder or its settings (timm's) state."""
+    card = path / "README.md"
+    if card.is_file():
+        found = re.match(r"---\n(?:(?!---).*\n)*?license: *(\S+)", card.read_text(encoding="utf-8", errors="replace"))
+        if found:
+            return found[1].strip("'\"")
+    stated = settings.get("license") or (settings.get("pretrained_cfg") or {}).get("license")
+    return str(stated) if stated else None
 
 
 def _safetensors(where: str, files: list[Path], settings: dict[str, Any]) -> Foreign:
@@ -203,13 +227,14 @@ def _pickled(where: str, file: Path, settings: dict[str, Any]) -> Foreign:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # the reader fails on damaged files in many ways
         text = str(error)
-        name = re.search(
-            r"(?:GLOBAL|class|function) `?([\w.]+)`? (?:was not|is not)|Unsupported global: GLOBAL (\S+)", text
-        )
-        if "Weights only load failed" in text and name:
+        name = re.search(r"(?:GLOBAL|class|function) `?([\w.]+)`? (?:was not|is not|whose module)", text)
+        with open(file, "rb") as opened:
+            is_pickle = opened.read(1) == b"\x80"
+        if "Weights only load failed" in text and (name or is_pickle):
+            what = f"the Python object {name[1]}" if name else "Python objects"
             raise M3Error(
-                f"{where} holds the Python object {name[1] or name[2]}, and reading it could run code; only tensors, "
-                f"numbers and text are read. Save its `state_dict()` where you trust it, and give that."
+                f"{where} holds {what}, and reading it could run code: only tensors, numbers and text are read; save "
+                f"its `state_dict()` where you trust it, and give that."
             ) from error
         raise M3Error(
             f"{where} is no checkpoint that PyTorch can read, or it is damaged; give another file."

@@ -38,16 +38,22 @@ class FourmTokenizer(Format):
     title = "4M's tokenizer"
 
     def fits(self, foreign: Foreign) -> bool:
-        """Know it by the layer in front of the codebook and the table of the ViT before it."""
-        return {"quant_proj.weight", f"{BOOK}.embed", "encoder.pos_emb"} <= foreign.shapes.keys()
+        """Know it by its codebook or, to say that they are not read, by the keys and values of "memcodes"."""
+        names = foreign.shapes.keys()
+        return {"quant_proj.weight", f"{BOOK}.embed"} <= names or {"quantize.codes", "quantize.to_k.weight"} <= names
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
         """Read the sizes off the shapes; what kind of picture it is, only the channels tell.
 
         Raises:
-            M3Error: the parts do not go together.
+            M3Error: its encoder is no ViT, or the parts do not go together.
         """
         shapes, settings = foreign.shapes, foreign.settings
+        if "encoder.pos_emb" not in shapes or f"{BOOK}.embed" not in shapes:
+            raise M3Error(
+                "its codes are made by an MLP (poses, global features: memcodes), for which there is no tokenizer "
+                "here; take one with a ViT, or give the codes themselves as a map."
+            )
         width, *grid = shapes["encoder.pos_emb"][1:]
         name, modality = _modality(foreign, given, tuple(grid))
         backbone = {

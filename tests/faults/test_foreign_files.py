@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,17 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_runs_nothing(is_bare: b
     assert main(["convert", str(file), str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert ("holds the Python object" in said and "mkdir" in said) or "is no checkpoint that PyTorch can read" in said
+    assert "mkdir, and reading it could run code: only tensors, numbers and text are read" in said
     assert not trap.exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pickle_that_the_reader_does_not_know_is_refused_as_one(tmp_path: Path) -> None:
+    file = tmp_path / "model.pkl"
+    file.write_bytes(pickle.dumps({"trap": Harmful(tmp_path / "written")}, protocol=4))
+    with pytest.raises(M3Error, match=r"model.pkl holds Python objects, and reading it could run code"):
+        convert.load(file)
+    assert not (tmp_path / "written").exists()
 
 
 def test_files_that_are_something_else_are_refused_in_one_sentence(tmp_path: Path) -> None:
@@ -86,10 +95,12 @@ def test_a_model_of_another_kind_is_named_by_what_it_holds(tmp_path: Path) -> No
         "time_embedding.linear_1.bias": torch.zeros(4),
     }
     save_file(unet, tmp_path / "unet.safetensors")
-    with pytest.raises(M3Error, match=r"has names such as down_blocks.*, which is none of the formats .*vit_mae"):
+    with pytest.raises(
+        M3Error, match=r"has names such as down_blocks.*, which are those of no format that is read .*vit_mae"
+    ):
         convert.load(tmp_path / "unet.safetensors")
     save_file(vit(), tmp_path / "vit.safetensors")
-    with pytest.raises(M3Error, match=r"which is none of the formats that are read \(vit_mae\)"):
+    with pytest.raises(M3Error, match=r"which are those of no format that is read \(vit_mae\)"):
         convert.load(tmp_path / "vit.safetensors", format="vit_mae")
     with pytest.raises(M3Error, match=r"`vitt` is no format.*Did you mean `vit`"):
         convert.load(tmp_path / "vit.safetensors", format="vitt")
@@ -110,12 +121,54 @@ def test_the_command_says_what_it_found_and_how_to_load_it(tmp_path: Path, capsy
     save_file(vit(), tmp_path / "vit.safetensors")
     out = tmp_path / "out"
     assert main(["convert", str(tmp_path / "vit.safetensors"), str(out), "modalities.image.channels=1"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
+    lines = capsys.readouterr().out
+    said = " ".join(lines.split())
     assert "is ViT in timm's names" in said
     assert "note backbone.heads=3" in said
     assert "goes from 3 x 4 x 4 to 1 x 4 x 4 (every channel gets the mean of the old ones x 3 / 1)" in said
-    assert f'model = M3Model.from_pretrained("{out}")' in said
+    assert "18 tensors are used, 0 left out." in said
+    assert lines.splitlines()[-4].endswith(f"parameters are in {out}. Load it:")
+    loaded: dict = {}
+    exec(textwrap.dedent("\n".join(lines.splitlines()[-3:])), loaded)
+    assert loaded["model"].config.modalities["image"]["channels"] == 1
+    assert loaded["processor"].modalities.keys() == {"image"}
     assert main(["convert", str(out), str(tmp_path / "back.safetensors"), "--to", "vit"]) == 0
     assert convert.load(tmp_path / "back.safetensors").config.modalities["image"]["channels"] == 1
     assert main(["convert", str(out), str(tmp_path / "back"), "--to", "mae"]) == 2
     assert "MAE is one objective `reconstruct`" in capsys.readouterr().err
+
+
+def test_where_the_model_is_written_must_be_a_folder_that_is_not_the_source(tmp_path: Path, capsys) -> None:
+    (tmp_path / "in").mkdir()
+    save_file(vit(), tmp_path / "in" / "model.safetensors")
+    before = (tmp_path / "in" / "model.safetensors").read_bytes()
+    for source, out, said in (
+        ("in", "ours.safetensors", "must be a folder, as our model is several files; to write another format say --to"),
+        ("in", "in/model.safetensors", "must be a folder"),
+        ("in", "in", "holds the weights that are read; give another folder"),
+        ("in/model.safetensors", "in", "holds the weights that are read; give another folder"),
+    ):
+        assert main(["convert", str(tmp_path / source), str(tmp_path / out)]) == 2
+        assert said in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "in").iterdir()] == ["model.safetensors"]
+    assert (tmp_path / "in" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "---\ntags:\n- image\nlicense: cc-by-nc-4.0\n---\n# A model\nlicense: mit\n"),
+        ("config.json", '{"architecture": "vit", "pretrained_cfg": {"license": "cc-by-nc-4.0"}}'),
+    ],
+)
+def test_the_licence_beside_the_weights_goes_into_the_card(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "in").mkdir()
+    save_file(vit(), tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / name).write_text(text)
+    convert.load(tmp_path / "in").save_pretrained(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "license: cc-by-nc-4.0\n" in card
+    assert "# in\n" in card
+    (tmp_path / "in" / name).write_text("{}" if name.endswith("json") else "# A model\nlicense: mit\n")
+    convert.load(tmp_path / "in").save_pretrained(tmp_path / "out")
+    assert "license: other\n" in (tmp_path / "out" / "README.md").read_text()

@@ -46,7 +46,7 @@ def hub(tmp_path: Path, monkeypatch) -> list[list[str]]:
 
 def test_a_repository_is_read_and_no_pickle_of_it(hub):
     model = convert.load("timm/tiny")
-    assert hub == [["*.json", "*.safetensors"]]
+    assert hub == [["*.json", "README.md", "*.safetensors"]]
     assert tuple(model.config.modalities["image"]["size"]) == (32, 32)
     assert model.backbone.spec.depth == 2
 

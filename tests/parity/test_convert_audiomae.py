@@ -12,7 +12,7 @@ from torch import Tensor
 
 from m3 import convert
 from m3.errors import M3Error
-from tests.parity.foreign_models import assert_same_tensors, difference, encode_all, randomise, tensors_in
+from tests.parity.published import assert_equal, difference, encode_all, randomised, tensors_in
 
 timm = pytest.importorskip("timm")
 
@@ -40,7 +40,7 @@ def build(steps: int, patch: tuple[int, int]):
         num_classes=0,
         global_pool="",
     )
-    vit = randomise(vit, seed=41)
+    vit = randomised(vit, seed=41)
     vit.pos_embed.data = table(steps, 8, 192)
     return vit
 
@@ -60,7 +60,7 @@ def test_states_are_theirs_and_the_file_comes_back_equal(tmp_path: Path, steps, 
     assert found.format == "audiomae"
     assert sorted(found.left) == sorted(swin)
     convert.save(found.model, tmp_path / "ours.pth", "audiomae")
-    assert_same_tensors(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
     model, theirs = found.model.to(dtype), theirs.to(dtype)
     sound = torch.randn(2, 1, steps * patch[0], 8 * patch[1], generator=torch.Generator().manual_seed(5)).to(dtype)
     with torch.no_grad():

@@ -14,8 +14,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from m3 import M3Model, convert
 from m3.errors import M3Error
 from m3.foreign.checkpoint import read_foreign
-from m3.types import Batch
-from tests.parity.published import quietly, randomised
+from tests.parity.published import pictures, quietly, randomised
 
 timm = pytest.importorskip("timm", reason="parity needs timm")
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 7}
@@ -27,13 +26,6 @@ CASES: dict[str, dict[str, Any]] = {
     "class token, norm after it": VIT | {"fc_norm": True},
 }
 GIVEN = {"class token, norm after it": ["objectives.classify.pool=class"]}
-
-
-def pictures(model: M3Model) -> Batch:
-    size = model.modalities["image"].signal.size
-    generator = torch.Generator().manual_seed(4)
-    pixels = torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8, generator=generator)
-    return Batch({"image": pixels}, torch.arange(3))
 
 
 def logits(model: M3Model, dtype: torch.dtype) -> Tensor:

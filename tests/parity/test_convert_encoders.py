@@ -23,7 +23,13 @@ from transformers import (
 from m3 import convert
 from m3.errors import M3Error
 from m3.foreign.checkpoint import read_foreign
-from tests.parity.published import assert_equal, assert_refuses, normalised, pictures, quietly, randomised
+from tests.parity.published import (
+    assert_equal,
+    assert_refuses,
+    assert_same_states,
+    quietly,
+    randomised,
+)
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"image_size": 32, "patch_size": 8}
@@ -60,16 +66,7 @@ def test_states_are_the_same_and_transformers_opens_what_is_written(tmp_path: Pa
     assert {key.split(".")[-2] for key in found.left} <= {"classifier", "dense"}
     with quietly():
         again = AutoModel.from_pretrained(tmp_path / "out")
-    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9)):
-        model, opened = found.model.to(dtype=dtype), again.to(dtype=dtype)  # type: ignore[call-arg]
-        own: Any = peer.to(dtype=dtype)
-        own = getattr(own, own.base_model_prefix, own)
-        batch = pictures(model)
-        pixels = normalised(model, batch).to(dtype)
-        states = model.encode(batch).sequence
-        with torch.no_grad():
-            torch.testing.assert_close(states, own(pixels).last_hidden_state, rtol=0, atol=tolerance)
-            torch.testing.assert_close(states, opened(pixels).last_hidden_state, rtol=0, atol=tolerance)
+    assert_same_states(found.model, peer, again)
 
 
 @pytest.mark.parametrize("name", ["vit", "dino"])
@@ -78,11 +75,7 @@ def test_names_as_version_5_has_them_in_memory_are_read(tmp_path: Path, name: st
     peer = randomised(kind(config))
     config.save_pretrained(tmp_path)
     save_file(peer.state_dict(), tmp_path / "model.safetensors")
-    model = convert.load(tmp_path)
-    batch = pictures(model)
-    with torch.no_grad():
-        expected = peer(normalised(model, batch)).last_hidden_state
-    torch.testing.assert_close(model.encode(batch).sequence, expected, rtol=0, atol=1e-5)
+    assert_same_states(convert.load(tmp_path), peer)
 
 
 @pytest.mark.parametrize(

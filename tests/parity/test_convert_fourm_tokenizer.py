@@ -18,7 +18,7 @@ from m3 import convert
 from m3.errors import M3Error
 from m3.network import build_modalities, resolved
 from m3.tokenizer_model import M3Tokenizer
-from tests.parity.foreign_models import assert_same_tensors, difference, randomise, tensors_in
+from tests.parity.published import assert_equal, difference, randomised, tensors_in
 from tests.parity.published_blocks import Block
 
 WIDTH, HEADS, SIDE, CODES, LATENT = 24, 3, 3, 40, 6
@@ -127,7 +127,7 @@ class Vqvae(nn.Module):
 
 
 def saved(folder: Path, kind: str, settings: dict | None = None, **options) -> Vqvae:
-    theirs = randomise(Vqvae(kind, **options), seed=61)
+    theirs = randomised(Vqvae(kind, **options), seed=61)
     save_file(theirs.state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(settings or {}))
     return theirs
@@ -145,7 +145,14 @@ def opened(folder: Path, *overrides: str) -> convert.Conversion:
     return convert.convert(folder, [f"backbone.heads={HEADS}", *overrides])
 
 
+@pytest.fixture(params=[{}, {"WIDTH": 36, "SIDE": 4, "CODES": 50, "LATENT": 8}], ids=["small", "larger"])
+def sizes(request, monkeypatch):
+    for name, value in request.param.items():
+        monkeypatch.setitem(globals(), name, value)
+
+
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"])
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize(("has_mlp", "is_cosine"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_and_what_they_stand_for_are_theirs(tmp_path: Path, kind, has_mlp, is_cosine, dtype, near):
@@ -181,7 +188,7 @@ def test_the_file_comes_back_equal(tmp_path: Path, kind, options):
     quantiser = model.config.objectives["autoencode"]["quantiser"]
     assert (quantiser["decay"], quantiser["commitment"]) == (0.9, 0.5)
     convert.save(model, tmp_path / "ours", "fourm_tokenizer")
-    assert_same_tensors(tensors_in(tmp_path / "ours"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours"), theirs.state_dict())
     config = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert (config["codebook_size"], config["latent_dim"], config["n_labels"]) == (CODES, LATENT, KINDS[kind][2])
     assert (config["n_channels"], config["patch_proj"]) == (KINDS[kind][0], kind != "features")
@@ -244,7 +251,7 @@ def test_learned_positions_are_kept(tmp_path: Path):
     x = signal_of("image")
     assert torch.equal(M3Tokenizer(model).encode(x), theirs.tokens(x).flatten(1))
     convert.save(model, tmp_path / "ours", "fourm_tokenizer")
-    assert_same_tensors(tensors_in(tmp_path / "ours"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours"), theirs.state_dict())
 
 
 def test_a_missing_and_a_foreign_tensor_are_named(tmp_path: Path):
@@ -262,3 +269,14 @@ def test_its_modalities_can_not_be_divided(tmp_path: Path):
     saved(tmp_path, "depth")
     with pytest.raises(M3Error, match="can't be taken by themselves; leave `modalities=` out"):
         opened(tmp_path, "modalities=depth")
+
+
+@pytest.mark.parametrize("book", [{"quantize.codes": (16, 8, 4), "quantize.to_k.weight": (8, 8, 1)}, {}])
+def test_tokenizers_with_an_mlp_are_refused_in_one_sentence(tmp_path: Path, book):
+    names = {"quant_proj.weight": (8, 24), "encoder.layers.0.weight": (24, 24), "decoder.layers.0.weight": (24, 24)}
+    names |= book or {"quantize._codebook.embed": (16, 8)}
+    save_file({name: torch.ones(shape) for name, shape in names.items()}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        M3Error, match=r"4M's tokenizer\): its codes are made by an MLP .*; take one with a ViT, or give"
+    ):
+        convert.load(tmp_path / "model.safetensors")

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from m3 import convert
 from m3.errors import M3Error
-from tests.parity.foreign_models import (
-    assert_same_tensors,
+from tests.parity.published import (
+    assert_equal,
     difference,
     drawn_plan,
     encode_all,
     encoded_view,
-    normalised,
     pixels,
-    randomise,
+    randomised,
+    signals_of,
     tensors_in,
     tokens_of,
 )
@@ -99,7 +99,7 @@ CASES = [((2, 4, 4), (3, 2, 2), 1), ((2, 3, 3), (2, 3, 3), 2)]
 
 
 def saved(folder: Path, tube, grid, predicted) -> tuple[Path, MaeSt]:
-    theirs = randomise(MaeSt(tube, grid, predicted), seed=13)
+    theirs = randomised(MaeSt(tube, grid, predicted), seed=13)
     torch.save({"model_state": theirs.state_dict(), "epoch": 99}, folder / "theirs.pyth")
     return folder / "theirs.pyth", theirs
 
@@ -111,10 +111,10 @@ def test_predictions_are_theirs_and_the_file_comes_back_equal(tmp_path: Path, tu
     found = convert.convert(path, ["objectives.reconstruct.masking.visible=5"])
     assert (found.format, found.left) == ("mae_st", {})
     convert.save(found.model, tmp_path / "ours.pth", "mae_st")
-    assert_same_tensors(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
     model, theirs = found.model.to(dtype), theirs.to(dtype)
     raw = {"video": pixels(2, tuple(n * m for n, m in zip(tube, grid, strict=True)))}
-    plan, signals = drawn_plan(model, raw), normalised(model, raw, dtype)
+    plan, signals = drawn_plan(model, raw), signals_of(model, raw, dtype)
     asked = plan.target["video"]
     own = model.objectives["reconstruct"].predict(
         "video", encoded_view(model, signals, plan), tokens_of(model, signals), asked
@@ -132,7 +132,7 @@ def test_the_encoder_alone_gives_their_states(tmp_path: Path):
     torch.save({"model": encoder}, path)
     model = convert.load(path)
     raw = {"video": pixels(2, (6, 8, 8))}
-    signals = normalised(model, raw, torch.float32)
+    signals = signals_of(model, raw, torch.float32)
     with torch.no_grad():
         expected = theirs.encode(signals["video"], torch.arange(12).expand(2, -1))
     assert difference(encode_all(model, signals), expected) < 1e-6

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from m3 import convert
 from m3.errors import M3Error
 from m3.types import MaskPlan
-from tests.parity.foreign_models import (
-    assert_same_tensors,
+from tests.parity.published import (
+    assert_equal,
     difference,
     encode_all,
     encoded_view,
-    normalised,
     pixels,
-    randomise,
+    randomised,
+    signals_of,
     tensors_in,
     tokens_of,
 )
@@ -101,7 +101,7 @@ class MultiMae(nn.Module):
         super().__init__()
         self.global_tokens = nn.Parameter(torch.zeros(1, 1, WIDTH))
         self.input_adapters = nn.ModuleDict({name: InputAdapter(name) for name in inputs})
-        self.encoder = nn.Sequential(*[Block(WIDTH, 3, 4 * WIDTH) for _ in range(2)])
+        self.encoder = nn.Sequential(*[Block(WIDTH, WIDTH // 64, 4 * WIDTH) for _ in range(2)])
         adapters = {name: OutputAdapter(name, inputs, depth) for name in outputs}
         if outputs:
             self.output_adapters = nn.ModuleDict(adapters)
@@ -123,7 +123,7 @@ class MultiMae(nn.Module):
 
 
 def saved(folder: Path, inputs: list[str], outputs: list[str], depth: int = 2) -> tuple[Path, MultiMae]:
-    theirs = randomise(MultiMae(inputs, outputs, depth), seed=21)
+    theirs = randomised(MultiMae(inputs, outputs, depth), seed=21)
     torch.save({"model": theirs.state_dict(), "epoch": 1}, folder / "theirs.pth")
     return folder / "theirs.pth", theirs
 
@@ -143,7 +143,14 @@ CASES = [(ALL, [*ALL, "norm_rgb"], 2), (ALL, ALL, 1), (["rgb", "semseg"], ["sems
 VISIBLE = {"image": [[0, 4, 5], [1, 2, 8]], "depth": [[3], [7]], "semantic": [[2, 6], [0, 1]]}
 
 
+@pytest.fixture(params=[{}, {"GRID": 4, "PATCH": 8, "WIDTH": 384, "INNER": 64}], ids=["small", "larger"])
+def sizes(request, monkeypatch):
+    for name, value in request.param.items():
+        monkeypatch.setitem(globals(), name, value)
+
+
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"])
+@pytest.mark.usefixtures("sizes")
 @pytest.mark.parametrize(("inputs", "outputs", "depth"), CASES)
 def test_predictions_are_theirs(tmp_path: Path, inputs, outputs, depth, dtype, near):
     path, theirs = saved(tmp_path, inputs, outputs, depth)
@@ -171,7 +178,7 @@ def test_predictions_are_theirs(tmp_path: Path, inputs, outputs, depth, dtype, n
 def test_the_file_comes_back_equal(tmp_path: Path, inputs, outputs, depth):
     path, theirs = saved(tmp_path, inputs, outputs, depth)
     convert.save(convert.load(path), tmp_path / "ours.pth", "multimae")
-    assert_same_tensors(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
 
 
 def test_what_is_learned_is_the_paper_s(tmp_path: Path):
@@ -216,14 +223,14 @@ def test_the_twin_in_timms_names_is_a_vit_with_the_rows_first(tmp_path: Path):
         final_norm=False,
     ).eval()  # fmt: skip
     vit.load_state_dict(twin)
-    signals = normalised(found.model, {"image": pixels(2, (12, 12))}, torch.float32)
+    signals = signals_of(found.model, {"image": pixels(2, (12, 12))}, torch.float32)
     with torch.no_grad():
         expected = vit(signals["image"])
         own = theirs.encode({"rgb": signals["image"]}, {"rgb": torch.arange(9).expand(2, -1)})
     assert difference(encode_all(found.model, signals), expected) < 1e-6
     assert difference(expected, own.roll(1, dims=1)) < 1e-6
     convert.save(found.model, tmp_path / "ours.pth", "vit")
-    assert_same_tensors(tensors_in(tmp_path / "ours.pth"), twin)
+    assert_equal(tensors_in(tmp_path / "ours.pth"), twin)
 
 
 def test_a_missing_and_a_foreign_tensor_are_named(tmp_path: Path):

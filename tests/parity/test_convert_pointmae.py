@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from m3 import convert
 from m3.errors import M3Error
 from m3.types import MaskPlan, Tokens, take
-from tests.parity.foreign_models import (
-    assert_same_tensors,
+from tests.parity.published import (
+    assert_equal,
     difference,
     encoded_view,
-    randomise,
+    randomised,
     tensors_in,
     tokens_of,
 )
@@ -94,7 +94,7 @@ class PointMae(nn.Module):
 
 
 def saved(folder: Path) -> tuple[Path, PointMae]:
-    theirs = randomise(PointMae(), seed=31)
+    theirs = randomised(PointMae(), seed=31)
     generator = torch.Generator().manual_seed(2)
     for x in theirs.buffers():
         value = torch.rand(x.shape, generator=generator) + 0.5 if x.is_floating_point() else torch.tensor(77)
@@ -106,13 +106,20 @@ def saved(folder: Path) -> tuple[Path, PointMae]:
 GIVEN = ["backbone.heads=3", f"modalities.points.tokenizer.groups={GROUPS}"]
 
 
+@pytest.fixture(params=[{}, {"WIDTH": 60, "K": 7}], ids=["small", "larger"])
+def sizes(request, monkeypatch):
+    for name, value in request.param.items():
+        monkeypatch.setitem(globals(), name, value)
+
+
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"])
+@pytest.mark.usefixtures("sizes")
 def test_predictions_are_theirs_and_the_file_comes_back_equal(tmp_path: Path, dtype, near):
     path, theirs = saved(tmp_path)
     found = convert.convert(path, GIVEN)
     assert (found.format, found.left) == ("pointmae", {})
     convert.save(found.model, tmp_path / "ours.pth", "pointmae")
-    assert_same_tensors(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
     model, theirs = found.model.to(dtype), theirs.to(dtype)
     cloud = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(6)).to(dtype)
     tokens = tokens_of(model, {"points": cloud})["points"]

@@ -137,6 +137,17 @@ def batch_of(model: M3Model) -> Batch:
     return M3Processor(model.config.modalities)(text=SENTENCES, regions=[x.numpy() for x in tables()])
 
 
+@pytest.fixture(params=[{}, {"D": 36, "DEPTH": 3, "FEATURES": 11}], ids=["small", "larger"])
+def sizes(request, monkeypatch):
+    for name, value in request.param.items():
+        monkeypatch.setitem(globals(), name, value)
+
+
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"]
+)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     save_file(weights(), tmp_path / "model.safetensors")
@@ -144,23 +155,27 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_states_and_matching_are_the_same_and_every_tensor_goes_back(folder: Path) -> None:
+@PRECISIONS
+def test_states_and_matching_are_the_same_and_every_tensor_goes_back(sizes, folder: Path, dtype, near) -> None:
     found = convert.convert(folder, [f"backbone.heads={HEADS}"])
     assert (found.format, found.left) == ("uniter", {})
     convert.save(found.model, folder / "back.safetensors", "uniter")
     assert_equal(load_file(folder / "back.safetensors"), weights())
-    slow, model = Slow(weights()), found.model.double()  # type: ignore[call-arg]
+    slow, model = Slow(weights()), found.model.to(dtype=dtype)  # type: ignore[call-arg]
     states, matched = model.encode(batch_of(model)).states, model.match(batch_of(model))
     for i, (ids, table) in enumerate(zip(TOKENS, tables(), strict=True)):
         none = torch.zeros(len(table), dtype=torch.bool)
         expected = slow.encode(slow.text(ids), slow.regions(table, none))
-        torch.testing.assert_close(states[i, : len(expected)], expected, rtol=0, atol=1e-9)
-        assert matched[i].item() == pytest.approx(slow.match(expected).item(), abs=1e-7)
+        torch.testing.assert_close(states[i, : len(expected)].double(), expected, rtol=0, atol=near)
+        assert matched[i].item() == pytest.approx(slow.match(expected).item(), abs=max(near, 1e-7))
 
 
+@PRECISIONS
 @pytest.mark.parametrize("name", ["words", "features", "labels"])
-def test_what_the_heads_say_of_hidden_words_and_regions_is_the_same(folder: Path, name: str) -> None:
-    model: Any = convert.load(folder, [f"backbone.heads={HEADS}"]).double()  # type: ignore[call-arg]
+def test_what_the_heads_say_of_hidden_words_and_regions_is_the_same(
+    sizes, folder: Path, name: str, dtype, near
+) -> None:
+    model: Any = convert.load(folder, [f"backbone.heads={HEADS}"]).to(dtype=dtype)  # type: ignore[call-arg]
     slow, part, batch = Slow(weights()), model.objectives[name], batch_of(model)
     hidden = {"text": torch.arange(LENGTH) % 3 == 1, "regions": torch.arange(max(REGIONS)) % 2 == 1}
     if name == "words":
@@ -178,7 +193,7 @@ def test_what_the_heads_say_of_hidden_words_and_regions_is_the_same(folder: Path
         shown = [4 if hidden["text"][k] else number for k, number in enumerate(ids)]
         states = slow.encode(slow.text(shown), slow.regions(table, hidden["regions"][: len(table)]))
         own = states[: len(ids)] if name == "words" else states[len(ids) :]
-        torch.testing.assert_close(found[i, : len(own)], getattr(slow, name)(own), rtol=0, atol=1e-9)
+        torch.testing.assert_close(found[i, : len(own)].double(), getattr(slow, name)(own), rtol=0, atol=near)
 
 
 def test_it_goes_on_training_and_every_part_learns(folder: Path) -> None:

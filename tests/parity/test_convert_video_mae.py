@@ -22,15 +22,15 @@ from transformers.utils import logging
 from m3 import convert
 from m3.errors import M3Error
 from m3.model import M3Model
-from tests.parity.foreign_models import (
-    assert_same_tensors,
+from tests.parity.published import (
+    assert_equal,
     difference,
     drawn_plan,
     encode_all,
     encoded_view,
-    normalised,
     pixels,
-    randomise,
+    randomised,
+    signals_of,
     tensors_in,
     tokens_of,
 )
@@ -55,13 +55,13 @@ def build(kind: type, is_large: bool = False, **settings):
         decoder_intermediate_size=36,
         **{"use_mean_pooling": False, "layer_norm_eps": 3e-4, **settings},
     )
-    return randomise(kind(config), seed=width)
+    return randomised(kind(config), seed=width)
 
 
 def clips(model: M3Model, dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
     """Raw and normalised ones, these also with time first, as theirs are."""
     raw = {"video": pixels(2, model.modalities["video"].signal.size)}
-    signals = normalised(model, raw, dtype)
+    signals = signals_of(model, raw, dtype)
     return signals, signals["video"].transpose(1, 2)
 
 
@@ -87,16 +87,18 @@ def test_predictions_of_hidden_tubes_are_those_of_transformers(tmp_path: Path, i
     assert difference(found, expected) < near
 
 
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"])
+@pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("is_pooled", [False, True])
-def test_an_encoder_alone_gives_the_states_of_transformers(tmp_path: Path, is_pooled):
-    theirs = build(VideoMAEModel, use_mean_pooling=is_pooled)
+def test_an_encoder_alone_gives_the_states_of_transformers(tmp_path: Path, is_pooled, is_large, dtype, near):
+    theirs = build(VideoMAEModel, is_large, use_mean_pooling=is_pooled)
     theirs.save_pretrained(tmp_path)
-    model = convert.load(tmp_path).double()
+    model = convert.load(tmp_path).to(dtype)
     assert not model.objectives
-    signals, turned = clips(model, torch.float64)
+    signals, turned = clips(model, dtype)
     with torch.no_grad():
-        expected = theirs.double()(turned).last_hidden_state
-    assert difference(encode_all(model, signals), expected) < 1e-9
+        expected = theirs.to(dtype)(turned).last_hidden_state
+    assert difference(encode_all(model, signals), expected) < near
 
 
 def test_a_classifier_is_left_out_with_its_reason(tmp_path: Path):
@@ -115,10 +117,10 @@ def test_what_is_written_is_opened_by_auto_model_with_equal_tensors(tmp_path: Pa
     is_whole = kind is VideoMAEForPreTraining
     back = (AutoModelForPreTraining if is_whole else AutoModel).from_pretrained(tmp_path / "ours")
     assert type(back) is kind
-    assert_same_tensors(back.state_dict(), theirs.state_dict())
+    assert_equal(back.state_dict(), theirs.state_dict())
     assert back.config.layer_norm_eps == 3e-4
     written, given = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
-    assert_same_tensors(written, given if is_whole else {f"videomae.{name}": x for name, x in given.items()})
+    assert_equal(written, given if is_whole else {f"videomae.{name}": x for name, x in given.items()})
     _, turned = clips(model, torch.float32)
     with torch.no_grad():
         if is_whole:

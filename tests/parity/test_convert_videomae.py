@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from m3 import convert
 from m3.errors import M3Error
-from tests.parity.foreign_models import (
-    assert_same_tensors,
+from tests.parity.published import (
+    assert_equal,
     difference,
     drawn_plan,
     encode_all,
     encoded_view,
-    normalised,
     pixels,
-    randomise,
+    randomised,
+    signals_of,
     tensors_in,
     tokens_of,
 )
@@ -94,7 +94,7 @@ OTHER = ((3, 2, 4), 9, 8)
 
 
 def build(tube: tuple[int, int, int], **settings) -> VideoMae:
-    return randomise(VideoMae(tube, **settings), seed=9)
+    return randomised(VideoMae(tube, **settings), seed=9)
 
 
 def given(frames: int, size: int) -> list[str]:
@@ -115,10 +115,10 @@ def test_predictions_are_theirs_and_the_file_comes_back_equal(tmp_path: Path, tu
     assert found.format == "videomae"
     assert not found.left
     convert.save(found.model, tmp_path / "ours.pth", "videomae")
-    assert_same_tensors(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
     model, theirs = found.model.to(dtype), theirs.to(dtype)
     raw = {"video": pixels(2, (frames, size, size))}
-    plan, signals = drawn_plan(model, raw), normalised(model, raw, dtype)
+    plan, signals = drawn_plan(model, raw), signals_of(model, raw, dtype)
     visible, asked = plan.visible["video"], plan.target["video"]
     own = model.objectives["reconstruct"].predict(
         "video", encoded_view(model, signals, plan), tokens_of(model, signals), asked
@@ -132,19 +132,19 @@ def test_predictions_are_theirs_and_the_file_comes_back_equal(tmp_path: Path, tu
 @pytest.mark.parametrize("prefix", ["", "encoder.", "backbone."])
 @pytest.mark.parametrize("has_norm", [True, False])
 def test_an_encoder_alone_is_read_and_its_classifier_left_out(tmp_path: Path, prefix, has_norm):
-    theirs = randomise(Encoder(192, 2, 3, (2, 4, 4), has_norm), seed=4)
+    theirs = randomised(Encoder(192, 2, 3, (2, 4, 4), has_norm), seed=4)
     tensors = {f"{prefix}{name}": x for name, x in theirs.state_dict().items()}
     torch.save({"model": tensors | {"head.weight": torch.ones(2, 192)}}, tmp_path / "tuned.pth")
     found = convert.convert(tmp_path / "tuned.pth", given(4, 8)[:2])
     assert list(found.left) == ["head.weight"]
     assert any("modalities.video.frames=4" in note for note in found.notes)
     raw = {"video": pixels(2, (4, 8, 8))}
-    signals = normalised(found.model, raw, torch.float32)
+    signals = signals_of(found.model, raw, torch.float32)
     with torch.no_grad():
         expected = theirs(signals["video"], torch.arange(8).expand(2, -1))
     assert difference(encode_all(found.model, signals), expected) < 1e-6
     convert.save(found.model, tmp_path / "ours.pth", "videomae")
-    assert_same_tensors(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
+    assert_equal(tensors_in(tmp_path / "ours.pth"), theirs.state_dict())
 
 
 def test_a_file_goes_on_to_transformers_only_where_its_norm_can_be_said(tmp_path: Path):
@@ -155,7 +155,7 @@ def test_a_file_goes_on_to_transformers_only_where_its_norm_can_be_said(tmp_path
         convert.save(model, tmp_path / "out", "video_mae")
     model = convert.load(tmp_path / "theirs.pth", [*given(4, 12), "objectives.reconstruct.decoder.norm_eps=1e-5"])
     convert.save(model, tmp_path / "out", "video_mae")
-    assert_same_tensors(convert.load(tmp_path / "out").state_dict(), model.state_dict())
+    assert_equal(convert.load(tmp_path / "out").state_dict(), model.state_dict())
 
 
 def test_a_missing_and_a_foreign_tensor_are_named(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from m3 import M3Model, convert
 from m3.errors import M3Error
 from m3.types import Batch
+from tests.parity.published import randomised
 
 timm = pytest.importorskip("timm", reason="parity needs timm")
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 3, "num_heads": 3, "num_classes": 0}
@@ -26,17 +28,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def randomised(module: nn.Module) -> nn.Module:
-    """Every parameter random, so that none can be forgotten."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            is_scale = "norm" in name and name.endswith("weight")
-            parameter.copy_(noise * (0.1 if parameter.ndim < 2 else parameter.shape[-1] ** -0.5) + is_scale)
-    return module.eval()
-
-
 def pictures(size: int, count: int = 2) -> Tensor:
     shape = (count, 3, size, size)
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
@@ -47,11 +38,13 @@ def encoded(model: M3Model, pixels: Tensor) -> Tensor:
     return model.double().encode(Batch({"image": pixels}, keys=torch.arange(len(pixels)))).sequence
 
 
+@pytest.mark.parametrize("eps", [1e-6, 1e-3])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_vit_of_timm_says_the_same_and_goes_back(variant: str, tmp_path: Path) -> None:
-    theirs = randomised(timm.models.vision_transformer.VisionTransformer(**VARIANTS[variant]))
+def test_a_vit_of_timm_says_the_same_and_goes_back(variant: str, eps: float, tmp_path: Path) -> None:
+    settings = VARIANTS[variant] | {"norm_layer": partial(nn.LayerNorm, eps=eps)}
+    theirs = randomised(timm.models.vision_transformer.VisionTransformer(**settings))
     save_file(theirs.state_dict(), tmp_path / "vit.safetensors")
-    found = convert.convert(tmp_path / "vit.safetensors")
+    found = convert.convert(tmp_path / "vit.safetensors", [f"backbone.norm_eps={eps}"])
     assert found.format == "vit"
     assert not found.left
     pixels = pictures(VARIANTS[variant]["img_size"])
@@ -123,10 +116,19 @@ def test_vit_mae_of_transformers_has_the_same_loss_and_goes_back(size, eps, norm
     wanted = theirs.state_dict()
     assert back.state_dict().keys() == wanted.keys()
     assert all(torch.equal(back.state_dict()[name], x) for name, x in wanted.items())
+    asked, objective = plan.target["image"], found.model.objectives["reconstruct"]
     with torch.no_grad():
         expected = theirs(normalised, noise=noise).loss
         torch.testing.assert_close(found.model(prepared).loss, expected, rtol=1e-5, atol=1e-5)
         assert back(normalised, noise=noise).loss == expected
+        for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9)):
+            model: Any = found.model.to(dtype=dtype)
+            tokens = {"image": model.tokenizers["image"].tokenize(normalised.to(dtype))}
+            own = objective.predict("image", model.encode_tokens(tokens, plan), tokens, asked)
+            logits = theirs.to(dtype)(normalised.to(dtype), noise=noise).logits
+            logits = logits.unflatten(-1, (64, 3)).transpose(-1, -2).flatten(-2)  # ours: channel first
+            logits = logits.gather(1, asked[..., None].expand(-1, -1, logits.shape[-1]))
+            torch.testing.assert_close(own, logits, rtol=0, atol=tolerance)
 
 
 def test_the_three_layouts_of_vit_mae_are_one(tmp_path: Path) -> None:

@@ -67,15 +67,39 @@ def test_a_vit_loads_with_less_than_1_3_times_its_weights(size, kind: str, tmp_p
     assert 0.9 < found["factor"] < 1.3, found
 
 
+@pytest.mark.parametrize("kind", ["ours", "timm"])
+def test_a_model_is_built_once_and_without_memory(tmp_path: Path, kind: str, monkeypatch) -> None:
+    vit(192, 1, 3).save_pretrained(tmp_path / "ours")
+    (tmp_path / "timm").mkdir()
+    convert.save(vit(192, 1, 3), tmp_path / "timm", "vit")
+    built, build = [], M3Model.__init__
+
+    def counted(self: M3Model, *given, **options) -> None:
+        build(self, *given, **options)
+        built.append({parameter.device.type for parameter in self.parameters()})
+
+    monkeypatch.setattr(M3Model, "__init__", counted)
+    (M3Model.from_pretrained if kind == "ours" else convert.load)(tmp_path / kind)
+    assert built == [{"meta"}]
+
+
 def test_dtype_device_map_and_shards_behave_as_in_transformers(tmp_path: Path) -> None:
     model = vit(192, 2, 3)
     model.save_pretrained(tmp_path / "shards", max_shard_size="1MB")
-    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    shards = list((tmp_path / "shards").glob("*.safetensors"))
+    largest = max(x.numel() * 4 for x in model.parameters())  # one tensor is never cut
+    assert len(shards) > 2
+    assert max(shard.stat().st_size for shard in shards) < max(1e6, largest) + 1e4
     again = M3Model.from_pretrained(tmp_path / "shards", low_cpu_mem_usage=True)
+    assert again.state_dict().keys() == model.state_dict().keys()
     assert all(torch.equal(x, again.state_dict()[name]) for name, x in model.state_dict().items())
     half = M3Model.from_pretrained(tmp_path / "shards", dtype=torch.bfloat16, device_map="cpu")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert half.device == torch.device("cpu")
+    nowhere = M3Model.from_pretrained(tmp_path / "shards", device_map="meta")
+    assert {p.device.type for p in nowhere.parameters()} == {"meta"}
+    half.save_pretrained(tmp_path / "half")
+    assert {p.dtype for p in M3Model.from_pretrained(tmp_path / "half", dtype="auto").parameters()} == {torch.bfloat16}
     expected = model.backbone.blocks[0].mlp.fc1.weight.bfloat16()  # type: ignore[union-attr]
     assert torch.equal(half.backbone.blocks[0].mlp.fc1.weight, expected)  # type: ignore[union-attr]
 
