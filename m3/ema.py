@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from m3.errors import M3Error
 from m3.network import Network
+from m3.sharded import fill, own_part
 
 
 class Average:
@@ -28,7 +29,7 @@ class Average:
         share: float | Tensor = 1 - (self.decay if decay is None else decay)
         share = share if is_taken is None else is_taken * share
         for own, parameter in zip(self.weights, model.parameters(), strict=True):
-            own.lerp_(parameter.detach().float(), share)
+            own_part(own).lerp_(own_part(parameter.detach()).float(), share)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
@@ -49,7 +50,7 @@ class Average:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take an average from a checkpoint."""
         for i, weight in enumerate(self.weights):
-            weight.copy_(state[str(i)])
+            fill(weight, state[str(i)])
 
 
 def teacher_of(model: Network, average: Average | None) -> dict[str, Tensor] | None:

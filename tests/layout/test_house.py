@@ -26,6 +26,7 @@ ORDER = (
         "linear",
         "layer",
         "drawing",
+        "sharded",
         "points",
         "samples",
         "codebook",
@@ -92,7 +93,7 @@ ORDER = (
     {"formats"},
     {"convert", "initialise"},
     {"show", "inputs", "plot", "saving"},
-    {"report"},
+    {"report", "resuming", "export"},
     {"train", "held_out", "measure", "reconstruct", "embed", "tokenize_data"},
     {
         "summary",
