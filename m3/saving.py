@@ -47,7 +47,7 @@ UNIMPORTANT = {"workers": True, "max_unreadable": True, "options": set(Patience.
 
 
 def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[str, Any]:
-    """Return what a checkpoint says of its run: the model, what decides the order of the data, and the plan."""
+    """Return what a checkpoint says of its run: its recipe's name, the model, what decides the order of the data, and the plan."""
     config = model.config
     order = {
         "seed": recipe.seed,
@@ -56,7 +56,8 @@ def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[s
         "number of training samples": samples,
     }
     described = {name: getattr(config, name) for name in ("modalities", "backbone", "towers", "objectives")}
-    return json.loads(json.dumps({"model": described, "order": order, "plan": plan._asdict()}))
+    facts = {"recipe": recipe.name, "model": described, "order": order, "plan": plan._asdict()}
+    return json.loads(json.dumps(facts))
 
 
 class Parts(NamedTuple):

@@ -43,11 +43,12 @@ def write(folder: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         OSError: a process could not write; all of them raise it.
     """
-    from torch.distributed import checkpoint as parts
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     try:
-        parts.save(tensors, storage_writer=parts.HuggingFaceStorageWriter(str(folder), save_distributed=True))
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
     except CheckpointException as error:  # not an Exception, and a page long
         rank, (cause, _) = next(iter(error.failures.items()))
         raise OSError(f"{cause} (in process {rank})") from error
@@ -59,20 +60,21 @@ def read(folder: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         OSError: it can't be read.
     """
-    from torch.distributed import checkpoint as parts
     from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            parts.load(tensors, storage_reader=parts.HuggingFaceStorageReader(str(folder)), no_dist=True)
+            load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
         except CheckpointException as error:
             raise OSError(str(next(iter(error.failures.values()))[0])) from error
 
 
 def shapes(folder: Path) -> dict[str, torch.Size]:
     """Return name -> shape of the whole tensor, of all that were written."""
-    from torch.distributed.checkpoint import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     written = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     return {name: tensor.size for name, tensor in written.items()}  # type: ignore[union-attr]  # all are tensors

@@ -12,6 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from m3.cli import main
 from m3.recipe import PACKAGED, load_recipe
 from m3.train import train
 
@@ -57,14 +58,32 @@ def test_sharded_training_is_that_of_one_process(tmp_path: Path, config: str) ->
     if config == "zero2":
         return
 
+    assert main(["export", str(two), str(tmp_path / "exported")]) == 0
+    assert (tmp_path / "exported" / "model.safetensors").read_bytes() == (
+        two / "model" / "model.safetensors"
+    ).read_bytes(), "the parts put together by a command are what the run itself gathers"
     before = lines(two)
-    shutil.rmtree(two / "checkpoints" / "step-00000004")
-    shutil.rmtree(two / "model")
-    done = launch(config, "mae_tiny", *SMALL, f"out={two}", "--resume")
+    for run in (one, two):
+        shutil.copytree(run, tmp_path / f"{run.name} again")
+        shutil.rmtree(tmp_path / f"{run.name} again" / "checkpoints" / "step-00000004")
+    own, other = tmp_path / "two again", tmp_path / "one again"
+    shutil.copytree(own, tmp_path / "alone")
+    done = launch(config, "mae_tiny", *SMALL, f"out={own}", "--resume")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "resuming at step 2" in done.stdout
-    assert lines(two) == before
-    assert all(torch.equal(x, found[n]) for n, x in load_file(two / "model" / "model.safetensors").items())
+    assert lines(own) == before
+    assert all(torch.equal(x, found[n]) for n, x in load_file(own / "model" / "model.safetensors").items())
+
+    train(load_recipe("mae_tiny", [*SMALL, f"out={tmp_path / 'alone'}"]), resume=True, is_shown=False)
+    done = launch(config, "mae_tiny", *SMALL, f"out={other}", "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for again in (tmp_path / "alone", other):  # of parts on one process, of whole tensors on two that cut them up
+        assert [line["step"] for line in lines(again)] == [line["step"] for line in before]
+        for a, b in zip(before, lines(again), strict=True):
+            assert b == {key: pytest.approx(value, rel=1e-5) for key, value in a.items()}
+        weights = load_file(again / "model" / "model.safetensors")
+        for name, weight in whole.items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_an_average_of_weights_that_are_cut_up_is_refused(tmp_path: Path) -> None:
