@@ -47,7 +47,7 @@ UNIMPORTANT = {"workers": True, "max_unreadable": True, "options": set(Patience.
 
 
 def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[str, Any]:
-    """Return what a checkpoint says of its run: its recipe's name, the model, what decides the order of the data, and the plan."""
+    """Return what a checkpoint says of its run: recipe, model, what decides the order of the data, and the plan."""
     config = model.config
     order = {
         "seed": recipe.seed,
