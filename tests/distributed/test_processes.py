@@ -70,7 +70,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, torch
     return found
 
 
-@pytest.mark.parametrize(("processes", "micro"), [(1, 4), (1, 1), (2, 4), (2, 2), (4, 2), (4, 1)])
+SLOW = [pytest.param(*cut, marks=pytest.mark.slow) for cut in ((1, 4), (2, 4), (4, 2), (4, 1))]
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(1, 1), (2, 2), *SLOW])
 def test_cutting_the_batch_changes_nothing(tmp_path: Path, whole, processes: int, micro: int) -> None:
     for recipe, found in launch(tmp_path, processes, micro, *EACH).items():
         check_same(found, whole[recipe], recipe)
