@@ -26,7 +26,7 @@ from m3.cli import main
 from m3.recipe import Recipe, dump_recipe, load_recipe, recipe_from
 
 STEPS = 12
-LIMIT = 300
+LIMIT = 600
 """Seconds after which a run that has not ended is taken to hang; it then says where it stands."""
 TIMES = ("samples_per_second", "data_wait", "seconds", "utilisation")
 RECIPES = ("mae_tiny", "flip_tiny", "fourm_tiny")
