@@ -77,16 +77,16 @@ def log_of(recipe: Recipe) -> Path:
 
 def ended(child: int, within: float = LIMIT) -> int:
     """Wait for a child and return its exit code, negative for a signal; one that hangs is killed and an error."""
-    code = _polled(child, within)
+    code = polled(child, within)
     if code is not None:
         return code
     os.kill(child, signal.SIGKILL)
-    is_gone = _polled(child, 30) is not None
+    is_gone = polled(child, 30) is not None
     rest = "was killed" if is_gone else "can't even be killed: it waits for the disk or another device"
     raise AssertionError(f"process {child} did not end within {within} s and {rest}")
 
 
-def _polled(child: int, within: float) -> int | None:
+def polled(child: int, within: float) -> int | None:
     """Return the exit code of a child, or None when it is still there after so many seconds."""
     end = time.monotonic() + within
     while time.monotonic() < end:
