@@ -18,6 +18,7 @@ from m3.errors import M3Error
 STATE = "state.json"
 CAN_OPEN_FOLDERS = os.name != "nt"
 BLOCK = 1 << 22
+Work = Callable[[], None]
 WRITTEN = (
     "recipe.yaml",
     "metrics.jsonl",
@@ -43,7 +44,7 @@ def folder_of(run: Path, step: int) -> Path:
 
 
 def write(
-    target: Path, fill: Callable[[Path], None], state: dict[str, Any], is_main: bool, wait: Callable[[], None]
+    target: Path, fill: Callable[[Path], None], state: dict[str, Any], is_main: bool, together: Callable[[Work], None]
 ) -> None:
     """Write a checkpoint so that it appears at once or not at all.
 
@@ -52,16 +53,16 @@ def write(
         fill: writes everything into the folder it is given; called by every process.
         state: small facts (step, shape of the model) written as JSON with the checksums, by the main process.
         is_main: this process makes and renames the folder.
-        wait: returns when all processes have called it.
+        together: does a piece of work in every process and returns when all have done it; what fails in one is raised
+            in all, so that none waits for it.
     """
     aside = partial(target)
-    if is_main:
+
+    def begin() -> None:
         remove(aside)
         aside.mkdir(parents=True)
-    wait()
-    fill(aside)
-    wait()
-    if is_main:
+
+    def end() -> None:
         files = {path.relative_to(aside).as_posix(): checksum(path) for path in _files(aside)}
         (aside / STATE).write_text(json.dumps({**state, "files": files}, indent=2), encoding="utf-8")
         for path in [*aside.rglob("*"), aside]:
@@ -70,7 +71,10 @@ def write(
             shutil.rmtree(target)
         os.replace(aside, target)
         _flush(target.parent)
-    wait()
+
+    together(begin if is_main else lambda: None)
+    together(lambda: fill(aside))
+    together(end if is_main else lambda: None)
 
 
 def partial(target: Path) -> Path:

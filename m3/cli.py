@@ -86,6 +86,10 @@ def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the commands that look at run folders."""
     command = add("runs", _runs, "list runs, how far they are and what they last reached", recipe=False)
     command.add_argument("folder", nargs="?", default="runs", help="folder that holds them (default runs)")
+    command = add("export", _export, "write the model of a checkpoint as from_pretrained reads it", recipe=False)
+    command.add_argument("source", help="folder of a run (its newest undamaged checkpoint) or of a checkpoint")
+    command.add_argument("out", help="new folder for the model")
+    command.add_argument("--ema", action="store_true", help="the averaged weights instead of the trained ones")
     command = add("plot", _plot, "draw the curves of runs", recipe=False)
     command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
     command.add_argument("--out", default="curves.png", help="PNG file (default curves.png)")
@@ -205,6 +209,12 @@ def _runs(options: argparse.Namespace) -> None:
     from m3.runs import print_runs
 
     print_runs(Path(options.folder))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from m3.export import export
+
+    export(Path(options.source), Path(options.out), options.ema)
 
 
 def _plot(options: argparse.Namespace) -> None:

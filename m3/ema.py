@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from m3.errors import M3Error
 from m3.network import Network
+from m3.processes import rank, whole
+from m3.sharded import fill, is_cut, own_part
+from m3.types import Encoded
+
+Teacher = dict[str, Tensor] | Callable[..., Encoded] | None
+"""Name of a parameter -> its average, or, where that is cut up, what encodes tokens with it; None: there is none."""
 
 
 class Average:
@@ -28,7 +38,7 @@ class Average:
         share: float | Tensor = 1 - (self.decay if decay is None else decay)
         share = share if is_taken is None else is_taken * share
         for own, parameter in zip(self.weights, model.parameters(), strict=True):
-            own.lerp_(parameter.detach().float(), share)
+            own_part(own).lerp_(own_part(parameter.detach()).float(), share)
 
     @torch.no_grad()
     def swap(self, model: nn.Module) -> None:
@@ -37,6 +47,13 @@ class Average:
             kept = parameter.detach().clone()
             parameter.copy_(own)
             own.copy_(kept)
+
+    def whole(self) -> Average:
+        """Return the average at the first process, put together where it is cut up; all must call it, none keeps it."""
+        found = copy(self)
+        pieces = (whole(weight) for weight in self.weights)
+        found.weights = [piece if rank() == 0 else own for piece, own in zip(pieces, self.weights, strict=True)]
+        return found
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
         """Return name of a parameter -> its average, the tensors themselves."""
@@ -49,11 +66,18 @@ class Average:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take an average from a checkpoint."""
         for i, weight in enumerate(self.weights):
-            weight.copy_(state[str(i)])
+            fill(weight, state[str(i)])
 
 
-def teacher_of(model: Network, average: Average | None) -> dict[str, Tensor] | None:
-    """Return the weights of the model's teacher, which are the average's own tensors; None: it has none.
+def teacher_of(model: Network, average: Average | None, build: Callable[[], Network], precision: Any = None) -> Teacher:
+    """Return the model's teacher, whose weights are the average's own tensors.
+
+    Args:
+        model: the student.
+        average: of its weights.
+        build: makes a network like it, for a teacher that is cut up and therefore needs modules of its own, since FSDP
+            puts the student's gathered weights into the student's modules whatever others stand there.
+        precision: FSDP's policy, as the student's.
 
     Raises:
         M3Error: an objective learns from an average, and the run keeps none.
@@ -65,4 +89,19 @@ def teacher_of(model: Network, average: Average | None) -> dict[str, Tensor] | N
             "an objective learns from a moving average of the model, but the run keeps none; set train.ema, e.g. "
             "{start: 0.996, end: 1.0}."
         )
-    return average.named(model)
+    return _cut_up(build(), average, precision) if is_cut(average.weights[0]) else average.named(model)
+
+
+def _cut_up(network: Network, average: Average, precision: Any) -> Callable[..., Encoded]:
+    """Cut a network up as the average is, let its weights be the average's tensors, and return what encodes tokens."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = average.weights[0].device_mesh  # type: ignore[attr-defined]  # a DTensor has it
+    network.requires_grad_(False)
+    for module in (*network.layers(), network):  # it never runs backward, so nothing stays gathered
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision or MixedPrecisionPolicy())
+    for number, parameter in enumerate(network.parameters()):
+        own_part(parameter).copy_(own_part(average.weights[number]))
+        average.weights[number] = parameter
+    register_fsdp_forward_method(network, "encode_tokens")
+    return network.encode_tokens

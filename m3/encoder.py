@@ -5,6 +5,8 @@ Letters: B batch, N content tokens of a modality, S visible slots of a modality,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -48,8 +50,8 @@ class Encoder(PreTrainedModel):
         marks: what is added to embedded tokens.
         reader_of: modality -> the one whose tokenizer and positions read it.
         tower_of: modality -> name of its tower, empty for the backbone.
-        teacher: name of a parameter -> its moving average, kept by the trainer; neither trained nor saved with the
-            model. None: the parameters themselves.
+        teacher: name of a parameter -> its moving average, kept by the trainer, or the `encode_tokens` of another
+            network that holds them; neither trained nor saved with the model. None: the parameters themselves.
     """
 
     tokenizers: nn.ModuleDict
@@ -62,7 +64,7 @@ class Encoder(PreTrainedModel):
     marks: Marks
     reader_of: dict[str, str]
     tower_of: dict[str, str]
-    teacher: dict[str, Tensor] | None = None
+    teacher: dict[str, Tensor] | Callable[..., Encoded] | None = None
 
     def encode_view(self, view: View, tokens: dict[str, Tokens], plan: MaskPlan, keys: Tensor | None = None) -> Encoded:
         """Encode a view, by the model itself or by its teacher; keys as in `Encoded`."""
@@ -72,6 +74,8 @@ class Encoder(PreTrainedModel):
         with torch.no_grad():
             if self.teacher is None:  # nothing has moved yet
                 return self.encode_tokens(*given)
+            if callable(self.teacher):
+                return self.teacher(*given)
             weights = {f"encoder.{name}": weight for name, weight in self.teacher.items()}
             return functional_call(_Encode(self), weights, given)
 

@@ -63,6 +63,14 @@ def of_first(value: T) -> T:
     return held[0]
 
 
+def in_all(value: T) -> list[T]:
+    """Return what every process gave, in their order; every process must call it."""
+    held = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(held, value)
+    return held
+
+
 def gathered(value: T) -> list[T] | None:
     """Return what every process gave, in their order, at the first process, None at the others; all must call it."""
     if world() == 1:

@@ -1,7 +1,7 @@
-"""Checkpoints and models of a run: what is in them, when they are written, and how a run goes on from one.
+"""Checkpoints and models of a run: what is in them, and when they are written.
 
 Every process hands what it alone knows to the first, which writes; so a write in the background needs no other
-process. Weights that are cut up over processes (FSDP) are written by Accelerate instead, by all.
+process. Tensors that are cut up over processes (FSDP2) are written by all of them, see `m3.sharded`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from rich.console import Console
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from m3 import checkpoint
+from m3 import checkpoint, sharded
 from m3.data.loader import Order
 from m3.data.remote import Patience
 from m3.data.stream import StreamOrder, save_place
@@ -29,11 +29,11 @@ from m3.errors import M3Error, nearest
 from m3.evaluate.task import Row
 from m3.foreign.checkpoint import named
 from m3.model import M3Model
-from m3.processes import gathered, of_first, whole
+from m3.processes import gathered, in_all, of_first, whole
 from m3.processor import M3Processor
 from m3.progress import Lines, Skipped, no_progress_bars, not_finite
 from m3.recipe import Recipe, dump_recipe
-from m3.schedule import Plan, learning_rate
+from m3.schedule import Plan
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -48,7 +48,7 @@ UNIMPORTANT = {"workers": True, "max_unreadable": True, "options": set(Patience.
 
 
 def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[str, Any]:
-    """Return what a checkpoint says of its run: the model, what decides the order of the data, and the plan."""
+    """Return what a checkpoint says of its run: recipe, model, what decides the order of the data, and the plan."""
     config = model.config
     order = {
         "seed": recipe.seed,
@@ -57,7 +57,8 @@ def facts_of(recipe: Recipe, model: M3Model, plan: Plan, samples: int) -> dict[s
         "number of training samples": samples,
     }
     described = {name: getattr(config, name) for name in ("modalities", "backbone", "towers", "objectives")}
-    return json.loads(json.dumps({"model": described, "order": order, "plan": plan._asdict()}))
+    facts = {"recipe": recipe.name, "model": described, "order": order, "plan": plan._asdict()}
+    return json.loads(json.dumps(facts))
 
 
 class Parts(NamedTuple):
@@ -160,9 +161,13 @@ class Saver:
         fill, is_main = self._contents(step), self.accelerator.is_main_process
         state = {"step": step, **self.facts, **({"best": self.best} if self.best else {})}
         if self.is_sharded:
-            self._write(fill, state, self.accelerator.wait_for_everyone)
+            self.written = Future()
+            try:
+                self.written.set_result(self._write(fill, state, together))
+            except WRITE_ERRORS as error:
+                self.written.set_exception(error)
         elif is_main:
-            self.written = self.writer.submit(self._write, fill, state, lambda: None)
+            self.written = self.writer.submit(self._write, fill, state, lambda work: work())
         if is_needed or not self.spec.save_in_background:
             self.finish(is_needed)
 
@@ -195,11 +200,13 @@ class Saver:
             soft_wrap=True,
         )
 
-    def _write(self, fill: Callable[[Path], None], state: dict[str, Any], wait: Callable[[], None]) -> None:
+    def _write(
+        self, fill: Callable[[Path], None], state: dict[str, Any], together: Callable[[checkpoint.Work], None]
+    ) -> None:
         target = checkpoint.folder_of(self.run, state["step"])
         is_main = self.accelerator.is_main_process
         try:
-            checkpoint.write(target, fill, state, is_main, wait)
+            checkpoint.write(target, fill, state, is_main, together)
         except WRITE_ERRORS:
             checkpoint.remove(checkpoint.partial(target))
             raise
@@ -213,14 +220,15 @@ class Saver:
         place = order.state(step) if isinstance(order, StreamOrder) else None
         own = {"random": random_states(), "skipped": self.parts.skipped.state_dict(), "place": place}
         processes = gathered(own)  # of all processes at the first, None at others
-        tensors = {EMA: self.parts.average.state_dict()} if self.parts.average else {}
+        tensors = {}
         if not self.is_sharded:
-            tensors |= {MODEL: own_weights(self.parts.model), OPTIMIZER: self.parts.optimizer.state_dict()}
+            tensors = {MODEL: own_weights(self.parts.model), OPTIMIZER: self.parts.optimizer.state_dict()}
+            tensors |= {EMA: self.parts.average.state_dict()} if self.parts.average else {}
         tensors = self.copy(tensors)
 
         def fill(folder: Path) -> None:
             if self.is_sharded:
-                self.accelerator.save_state(str(folder))
+                sharded.write(folder / sharded.FOLDER, named_tensors(self.parts, self.parts.optimizer.state_dict()))
             if not self.accelerator.is_main_process:
                 return
             self.parts.metrics.sync()
@@ -230,11 +238,23 @@ class Saver:
                 else:
                     save_file(tree, folder / name)
             for rank, known in enumerate(processes or []):
-                torch.save({"world": world, **known}, _process_file(folder, rank))
+                torch.save({"world": world, **known}, process_file(folder, rank))
                 if known["place"] is not None:
                     save_place(folder, rank, known["place"])
 
         return fill
+
+
+def together(work: checkpoint.Work) -> None:
+    """Do a piece of work as all processes do; what fails in one of them is raised in all."""
+    failure = None
+    try:
+        work()
+    except WRITE_ERRORS as error:
+        failure = str(error)
+    failures = [text for text in in_all(failure) if text is not None]
+    if failures:
+        raise OSError(failures[0])
 
 
 class HostCopy:
@@ -302,73 +322,18 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def restore(accelerator: Accelerator, run: Path, parts: Parts, facts: dict[str, Any], console: Console) -> int:
-    """Load the newest undamaged checkpoint of a run and return the step to continue with; 0 when there is none.
-
-    Raises:
-        M3Error: all are damaged, or it belongs to another model, other data or a longer run.
-    """
-    found = of_first(_find(run, console) if accelerator.is_main_process else None)
-    if found is None:
-        console.print(f"--resume: {run} holds no checkpoint yet, so the run starts at step 0", soft_wrap=True)
-        return 0
-    if isinstance(found, M3Error):
-        raise found
-    state = checkpoint.read_state(found)
-    checkpoint.check_same_model(state["model"], facts["model"], found)
-    checkpoint.check_same_order(state.get("order", {}), facts["order"], found)
-    step, before, now = int(state["step"]), Plan(**state["plan"]), Plan(**facts["plan"])
-    if step > now.steps:
-        raise M3Error(
-            f"{found} is past the {now.steps} steps of this run; raise train.steps or start without --resume."
-        )
-    _load(accelerator, found, parts)
-    console.print(
-        f"resuming at step {step} of {now.steps}" if step < now.steps else f"all {step} steps are done already"
-    )
-    if learning_rate(step, before) != learning_rate(step, now):
-        console.print(
-            f"[yellow]the learning rate follows another curve[/] than in the first {step} steps (planned for "
-            f"{before.steps}): it jumps from {learning_rate(step, before):.3g} to {learning_rate(step, now):.3g}",
-            soft_wrap=True,
-        )
-    return step
+def named_tensors(parts: Parts, optimizer: dict[str, Any]) -> dict[str, Tensor]:
+    """Return what is written in parts: model.NAME, ema.NUMBER, optimizer.NUMBER.KEY, from the optimizer's state too."""
+    found = {f"model.{name}": tensor for name, tensor in own_weights(parts.model).items()}
+    for number, weight in (parts.average.state_dict() if parts.average else {}).items():
+        found[f"ema.{number}"] = weight
+    for number, values in optimizer["state"].items():
+        found |= {f"optimizer.{number}.{key}": value for key, value in values.items()}
+    return found
 
 
-def _find(run: Path, console: Console) -> Path | M3Error | None:
-    """Return an error instead of raising it in one process alone, which would leave the others waiting."""
-    try:
-        return checkpoint.newest_undamaged(
-            run, lambda text: console.print(f"[red]damaged checkpoint[/] {text}", highlight=False, soft_wrap=True)
-        )
-    except M3Error as error:
-        return error
-
-
-def _load(accelerator: Accelerator, found: Path, parts: Parts) -> None:
-    """Put what a checkpoint holds into a run."""
-    average, rank, world = parts.average, accelerator.process_index, accelerator.num_processes
-    if (found / MODEL).is_file() and (found / OPTIMIZER).is_file():
-        weights = load_file(found / MODEL)
-        with torch.no_grad():
-            for name, tensor in own_weights(parts.model).items():
-                tensor.copy_(weights[name])
-        parts.optimizer.load_state_dict(torch.load(found / OPTIMIZER, map_location="cpu", weights_only=True))
-    else:
-        accelerator.load_state(str(found))
-    if average:
-        path = found / EMA
-        if not path.is_file():
-            raise M3Error(f"{found} holds no averaged weights, but train.ema is set; remove train.ema or start anew.")
-        average.load_state_dict(load_file(path, device=str(parts.model.device)))
-    if _process_file(found, rank).is_file():  # there may be more processes now
-        own = torch.load(_process_file(found, rank), weights_only=True)
-        parts.skipped.load_state_dict(own["skipped"])
-        if own["world"] == world:
-            set_random_states(own["random"])
-
-
-def _process_file(folder: Path, rank: int) -> Path:
+def process_file(folder: Path, rank: int) -> Path:
+    """Return where a checkpoint keeps what one process alone knows."""
     return folder / f"process-{rank:05d}.pt"
 
 

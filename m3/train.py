@@ -47,7 +47,8 @@ from m3.processes import concatenate, gather, whole
 from m3.progress import HELD_OUT, METRICS, Clock, Lines, Skipped, cut, means
 from m3.provenance import note_start
 from m3.recipe import Recipe, TrainSpec, dump_recipe
-from m3.saving import Parts, Saver, facts_of, restore, save_model
+from m3.resuming import restore
+from m3.saving import Parts, Saver, facts_of, save_model
 from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, momentum, plan_run, set_rates
 from m3.seeing import padding, picture_of, progress_bar, show_line
 from m3.show import count_parameters
@@ -101,8 +102,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     plan = plan_run(spec, length and length * recipe.data.repeats, world)  # an epoch is all samples in all their crops
     optimizer = make_optimizer(raw_model, spec)
     model, optimizer = accelerator.prepare(raw_model, optimizer)
-    average = Average(raw_model, spec.ema.start) if spec.ema else None
-    raw_model.teacher = teacher_of(raw_model, average)
+    average = averaging(accelerator, recipe, raw_model)
     network: Any = compiled(model) if spec.compile else model
     describe(console, recipe, raw_model, plan, accelerator)
     console.print(describe_coverage(source), highlight=False, soft_wrap=True)
@@ -171,7 +171,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                     health(line, values)
             reported = time.perf_counter()
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
-                saver.measured(evaluate(accelerator, model, held_out, done), done)
+                saver.measured(evaluate(accelerator, model, average, held_out, done), done)
             if saver.is_due(done) or guard.is_stopping:
                 guard.settle(is_all=True, is_end=done == plan.steps)
                 saver.save(done, is_needed=done == plan.steps or guard.is_stopping)
@@ -180,9 +180,10 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 raise Preempted(f"{recipe.name} was asked to stop and is saved at step {done}; go on with --resume.")
 
     # --------------------------------------------------------------------------------------------- finish
-    rows = evaluate(accelerator, model, held_out, plan.steps, "preview.png")
+    rows = evaluate(accelerator, model, average, held_out, plan.steps, "preview.png")
+    averaged = average.whole() if average else None
     if accelerator.is_main_process:
-        save_model(recipe, plain_model, average, plan.steps)
+        save_model(recipe, plain_model, averaged, plan.steps)
         held_out.conclude(rows, console)
     del model, network  # gloo can hang for ever when DDP is freed after its process group (pytorch issue 190489)
     accelerator.free_memory()
@@ -321,22 +322,32 @@ def whole_model(accelerator: Accelerator, recipe: Recipe, model: M3Model) -> M3M
         )
     if accelerator.distributed_type.name != "FSDP":
         return model
-    if recipe.train.ema:
-        raise M3Error(
-            "train.ema: an average of weights that are cut up over processes is not kept; remove it, or launch with "
-            "recipes/accelerate/eight_gpus.yaml."
-        )
     return build_model(recipe).to(accelerator.device) if accelerator.is_main_process else meta_model(recipe)  # type: ignore[arg-type]
 
 
+def averaging(accelerator: Accelerator, recipe: Recipe, model: M3Model) -> Average | None:
+    """Start the average that the recipe wants of the plain model's weights, cut up as they are: its teacher, if any."""
+    average = Average(model, recipe.train.ema.start) if recipe.train.ema else None
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type.name == "FSDP" else None
+    precision = plugin.mixed_precision_policy if plugin else None
+    model.teacher = teacher_of(model, average, partial(build_model, recipe), precision)
+    return average
+
+
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, held_out: HeldOut, step: int, picture: str | None = None
+    accelerator: Accelerator,
+    model: nn.Module,
+    average: Average | None,
+    held_out: HeldOut,
+    step: int,
+    picture: str | None = None,
 ) -> list[Row]:
     """Measure on held-out samples and show the trackers what came out; the first process does, others return nothing.
 
     Args:
         accelerator: with the trackers.
         model: the trained one; every process must take part where it is cut up.
+        average: of its weights.
         held_out: what is measured.
         step: steps that are done.
         picture: as in `HeldOut.evaluate`.
@@ -345,6 +356,9 @@ def evaluate(
         weights = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
             held_out.model.load_state_dict(weights)
+        if held_out.model.has_teacher and average:
+            averaged = average.whole()
+            held_out.model.teacher = averaged.named(held_out.model)
     if not accelerator.is_main_process:
         return []
     rows = held_out.evaluate(step, picture)

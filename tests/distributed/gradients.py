@@ -1,6 +1,6 @@
 """Run under torchrun: gradients of one global batch of 8, however it is cut; written by the main process.
 
-python gradients.py RECIPE OUT MICRO_BATCH PROCESSES
+python gradients.py FOLDER MICRO_BATCH PROCESSES RECIPE...      writes FOLDER/RECIPE.safetensors of each
 """
 
 import gc
@@ -29,14 +29,14 @@ def with_one_modality(batch: Batch) -> Batch:
     return replace(batch, is_present={name: turn == number for number, name in enumerate(batch.signals)})
 
 
-def main(name: str, out: str, micro: int, processes: int) -> None:
-    torch.set_num_threads(1)
-    accelerator = Accelerator(cpu=True)
+def measure(accelerator: Accelerator, name: str, out: Path, micro: int) -> None:
+    """Write gradients, losses and counts of a recipe, and the buffers that the step has moved."""
     world, rank = accelerator.num_processes, accelerator.process_index
-    assert world == processes, f"{world} processes run instead of {processes}"
     beside = Path(__file__).with_name(f"{name}.yaml")
     recipe = load_recipe(beside) if beside.is_file() else load_recipe(name, SMALL)
     model = build_model(recipe)
+    if model.has_teacher:
+        model.teacher = {name: 1.1 * parameter.detach() for name, parameter in model.named_parameters()}
     network = accelerator.prepare(model)
     samples = Samples(open_source(recipe, model, "train"), model.modalities, recipe.data, recipe.seed)
     order = Order(len(samples.source), recipe.seed, micro, GLOBAL // (micro * world), rank, world, start=3, stop=4)
@@ -45,16 +45,26 @@ def main(name: str, out: str, micro: int, processes: int) -> None:
         batches = [with_one_modality(batch) for batch in batches]
     prepared = [model.prepare(batch) for batch in batches]
     _, sums, counts, _ = gradients(accelerator, model, network, prepared)
+    model.after_step()
     sums = accelerator.reduce(sums, "sum")
     if accelerator.is_main_process:
         found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        save_file(found | {"loss": sums / counts.clamp(min=1), "counts": counts}, out)
+        buffers = {f"buffer {name}": buffer.float() for name, buffer in model.named_buffers()}
+        save_file(found | buffers | {"loss": sums / counts.clamp(min=1), "counts": counts}, out)
     accelerator.wait_for_everyone()
     del network  # as the trainer does: before its process group
     accelerator.free_memory()
     gc.collect()
+
+
+def main(folder: Path, micro: int, processes: int, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == processes, f"{accelerator.num_processes} processes run instead of {processes}"
+    for name in names:  # in `uniter` pairs of neighbours are mismatched, so no micro-batch may part them
+        measure(accelerator, name, folder / f"{name}.safetensors", max(2, micro) if name == "uniter" else micro)
     accelerator.end_training()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])

@@ -1,6 +1,6 @@
 """Break runs in many ways, let them go on, and count what is lost: `make test-faults`.
 
-OMP_NUM_THREADS=1 python tests/faults/kills.py [--kills 36] [--seed 0] [kills] [signals] [disk] [flips] [worker] [ranks]
+OMP_NUM_THREADS=1 python tests/faults/kills.py [--kills 36] [--seed 0] [KIND ...]      kinds: see `KINDS`
 """
 
 from __future__ import annotations
@@ -18,7 +18,22 @@ from pathlib import Path
 
 import survival
 import torch
-from survival import RECIPES, STEPS, at_event, at_step, differences, ended, finish, fork, log_of, tear, tiny
+from broken_data import broken_shards, failing_remote
+from survival import (
+    RECIPES,
+    STEPS,
+    at_event,
+    at_step,
+    differences,
+    ended,
+    finish,
+    fork,
+    log_of,
+    lost_steps,
+    polled,
+    tear,
+    tiny,
+)
 
 from m3 import checkpoint
 from m3.preemption import EXIT_CODE
@@ -26,16 +41,47 @@ from m3.preemption import EXIT_CODE
 ROOT = Path(__file__).parents[2]
 
 
+KINDS = ("kills", "signals", "disk", "flips", "worker", "ranks", "shards", "remote")
+
+
 class Report:
     """What was tried and what was lost."""
 
     def __init__(self) -> None:
-        self.lost = 0
+        self.rows: list[tuple[str, int, int, int, int]] = []
 
-    def __call__(self, kind: str, tried: str, found: list[str]) -> None:
-        self.lost += len(found)
-        print(f"{kind}: {tried}; {len(found)} differences{f': {found}' if found else ''}")
+    def __call__(
+        self, case: str, said: str, found: list[str], tried: int, lost_steps: int = 0, lost_samples: int = 0
+    ) -> None:
+        """Take note of a case.
+
+        Args:
+            case: name of the row; several calls with one name are added up.
+            said: what was done, in words.
+            found: differences from runs that were left alone.
+            tried: how often.
+            lost_steps: steps that were not taken as in those, or not at all.
+            lost_samples: samples that could be read and were not used.
+        """
+        self.rows.append((case, tried, len(found), lost_steps, lost_samples))
+        print(f"{case}: {said}; {len(found)} differences{f': {found}' if found else ''}")
         sys.stdout.flush()
+
+    @property
+    def is_clean(self) -> bool:
+        """True when nothing differed and nothing was lost."""
+        return not any(number for row in self.rows for number in row[2:])
+
+    def print_table(self) -> None:
+        """Print one line for each case."""
+        print("\n| case | tried | differences | lost steps | lost samples |\n| --- | ---: | ---: | ---: | ---: |")
+        for row in self.rows:
+            print(f"| {' | '.join(map(str, row))} |")
+
+
+def samples_of(recipe: survival.Recipe, steps: int) -> int:
+    """Return how many samples so many lost steps are."""
+    return steps * recipe.train.batch_size
 
 
 def references(folder: Path, names: tuple[str, ...]) -> dict[str, tuple[survival.Recipe, float]]:
@@ -55,7 +101,7 @@ def kills(folder: Path, recipes: tuple[str, ...], count: int, seed: int, report:
     for which, name in enumerate(recipes):
         reference, seconds = whole[name]
         draws = random.Random(f"{seed}/{name}")
-        killed = in_write = torn = runs = 0
+        killed = in_write = torn = runs = lost = 0
         found: list[str] = []
         while killed < -(-count // len(recipes)):
             recipe = tiny(name, folder / f"{name}-{runs}", train__save_in_background=bool((runs + which) % 2))
@@ -65,10 +111,13 @@ def kills(folder: Path, recipes: tuple[str, ...], count: int, seed: int, report:
                     child = fork(recipe, at_event(lambda path: ".partial" in path and "checkpoints" in path, number))
                     code = ended(child)
                 else:
-                    child = fork(recipe)
-                    time.sleep(draws.uniform(0.2, 1) * seconds)
-                    os.kill(child, signal.SIGKILL)
-                    code = ended(child)
+                    child, start = fork(recipe), time.monotonic()
+                    code = polled(child, draws.uniform(0.2, 1) * seconds)
+                    if code is None:
+                        os.kill(child, signal.SIGKILL)
+                        code = ended(child)
+                    elif turn == 0:  # the machine has less to do than when the reference was timed
+                        seconds = time.monotonic() - start
                 if code == 0:
                     break
                 assert code == -signal.SIGKILL, f"exit code {code}: {log_of(recipe).read_text()[-2000:]}"
@@ -77,10 +126,11 @@ def kills(folder: Path, recipes: tuple[str, ...], count: int, seed: int, report:
                 torn += draws.random() < 0.5 and tear(recipe, draws.random())
             finish(recipe)
             found += differences(recipe, reference)
+            lost += lost_steps(recipe, reference)
             shutil.rmtree(recipe.folder)
             runs += 1
-        tried = f"{killed} kills in {runs} runs of {name}, {in_write} inside a checkpoint's write, {torn} lines torn"
-        report("kills", f"{tried}, 0 steps lost", found)
+        said = f"{killed} kills in {runs} runs, {in_write} inside a checkpoint's write, {torn} lines torn"
+        report(f"kill -9, {name} ({in_write} inside a write)", said, found, killed, lost, samples_of(reference, lost))
         hits += in_write
     assert hits, "no kill hit the write of a checkpoint"
 
@@ -88,6 +138,7 @@ def kills(folder: Path, recipes: tuple[str, ...], count: int, seed: int, report:
 def signals(folder: Path, count: int, seed: int, report: Report) -> None:
     """Ask runs to stop at a random step; a second signal must end them at once."""
     (reference, _), draws, found = references(folder, RECIPES[:1])[RECIPES[0]], random.Random(seed), []
+    lost = 0
     for number in range(count):
         changes = {"train__save_in_background": bool(number % 2), "data__workers": number % 3}
         recipe = tiny(RECIPES[0], folder / f"signal-{number}", **changes)
@@ -98,7 +149,9 @@ def signals(folder: Path, count: int, seed: int, report: Report) -> None:
         assert last == checkpoint.folder_of(recipe.folder, step), f"asked in step {step}, saved {last}"
         finish(recipe)
         found += differences(recipe, reference)
-    report("signals", f"{count} SIGTERM and SIGUSR1, each saved at its step and exit code {EXIT_CODE}", found)
+        lost += lost_steps(recipe, reference)
+    said = f"{count} SIGTERM and SIGUSR1, each saved at its step and exit code {EXIT_CODE}"
+    report("SIGTERM, SIGUSR1", said, found, count, lost, samples_of(reference, lost))
 
     def asked_twice() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -110,7 +163,7 @@ def signals(folder: Path, count: int, seed: int, report: Report) -> None:
     start = time.monotonic()
     code = ended(fork(tiny(RECIPES[0], folder / "twice"), at_step(2, asked_twice)))
     assert code == -signal.SIGTERM
-    report("signals", f"1 second signal: ended by it, {time.monotonic() - start:.1f} s after the start", [])
+    report("second signal", f"ended by it, {time.monotonic() - start:.1f} s after the start", [], 1)
 
 
 def _ask_all(kind: int) -> None:
@@ -125,7 +178,7 @@ def disk(folder: Path, report: Report) -> None:
     place = folder / "small"
     place.mkdir()
     how = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
-    if subprocess.run(how, capture_output=True).returncode:
+    if subprocess.run(how, capture_output=True, timeout=60).returncode:
         print("disk: a tmpfs can't be mounted here, so nothing was tried")
         return
     try:
@@ -157,15 +210,17 @@ def disk(folder: Path, report: Report) -> None:
                 assert f"the checkpoint of step {step} can't be written" in log, log
             where = "in the background" if is_behind else "in the foreground"
             found = differences(recipe, reference)
-            report("disk", f"1 full tmpfs of 24 MiB from step 5 to 10, 2 checkpoints refused {where}", found)
+            said = f"a full tmpfs of 24 MiB from step 5 to 10, 2 checkpoints refused {where}"
+            lost = lost_steps(recipe, reference)
+            report(f"full disk, saved {where}", said, found, 2, lost, samples_of(reference, lost))
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(place)], check=True, timeout=60)
 
 
 def flips(folder: Path, count: int, seed: int, report: Report) -> None:
     """Flip a random bit of a random file of the newest checkpoint."""
     (reference, _), draws, found = references(folder, RECIPES[2:])[RECIPES[2]], random.Random(seed), []
-    recipe = tiny(RECIPES[2], folder / "flips")
+    recipe, lost = tiny(RECIPES[2], folder / "flips"), 0
     for _ in range(count):
         shutil.rmtree(recipe.folder, ignore_errors=True)
         shutil.copytree(reference.folder, recipe.folder)
@@ -184,7 +239,9 @@ def flips(folder: Path, count: int, seed: int, report: Report) -> None:
         assert f"{newest.name}: {file.name}" in log, log
         assert f"resuming at step {STEPS - 3} of {STEPS}" in log, log
         found += differences(recipe, reference)
-    report("flips", f"{count} damaged newest checkpoints, all reported, the one before used", found)
+        lost += lost_steps(recipe, reference)
+    said = f"{count} damaged newest checkpoints, all reported, the one before used"
+    report("flipped bit in a checkpoint", said, found, count, lost, samples_of(reference, lost))
 
 
 def worker(folder: Path, report: Report) -> None:
@@ -203,8 +260,9 @@ def worker(folder: Path, report: Report) -> None:
     assert "a process that loads data has died" in log, log[-2000:]
     assert "Traceback" not in log, log[-2000:]
     finish(recipe)
-    report("worker", f"1 of 2 data workers killed, the run ended {seconds:.1f} s after its start with the cause",
-           differences(recipe, reference))  # fmt: skip
+    said = f"1 of 2 data workers killed, the run ended {seconds:.1f} s after its start with the cause"
+    lost = lost_steps(recipe, reference)
+    report("dead data worker", said, differences(recipe, reference), 1, lost, samples_of(reference, lost))
 
 
 def ranks(folder: Path, report: Report) -> None:
@@ -220,7 +278,8 @@ def ranks(folder: Path, report: Report) -> None:
     assert checkpoint.newest(recipe.folder) == checkpoint.folder_of(recipe.folder, 3)
     launched(recipe, "none")
     said = f"1 of 2 processes killed in step 5, the other ended {seconds:.0f} s after the start with the cause"
-    report("ranks", said, differences(recipe, whole))
+    lost = lost_steps(recipe, whole)
+    report("dead rank", said, differences(recipe, whole), 1, lost, samples_of(whole, lost))
 
     recipe = tiny(RECIPES[0], folder / "asked", **fewer)
     log = launched(recipe, "term")
@@ -231,7 +290,10 @@ def ranks(folder: Path, report: Report) -> None:
         for key, value in b.items():
             if abs(a[key] - value) > 1e-5 * max(1, abs(value)):
                 found.append(f"{key} of step {a['step']}: {a[key]} is not {value}")
-    report("ranks", "1 of 2 processes asked to stop, both saved at that step; 1 process went on to 1e-5", found)
+    taken, wanted = ({line["step"] for line in survival.metrics(run)} for run in (recipe, whole))
+    lost = len(taken ^ wanted)
+    said = "1 of 2 processes asked to stop, both saved at that step; 1 process went on to 1e-5"
+    report("SIGTERM to one rank", said, found, 1, lost, samples_of(whole, lost))
 
 
 def launched(recipe: survival.Recipe, what: str) -> str:
@@ -259,10 +321,11 @@ def as_rank(what: str, file: str) -> int:
 def main() -> int:
     """Try the kinds that are asked for; 0 when nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kinds", nargs="*", default=["kills", "signals", "disk", "flips", "worker", "ranks"])
+    parser.add_argument("kinds", nargs="*", default=KINDS)
     parser.add_argument("--kills", type=int, default=36)
     parser.add_argument("--signals", type=int, default=8)
     parser.add_argument("--flips", type=int, default=10)
+    parser.add_argument("--shards", type=int, default=4, help="of each harm")
     parser.add_argument("--recipes", nargs="+", default=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--as-rank", default=None)
@@ -270,18 +333,19 @@ def main() -> int:
     if options.as_rank:
         return as_rank(options.as_rank, options.kinds[0])
     torch.set_num_threads(1)
-    report = Report()
+    report, counted = Report(), {"signals": signals, "flips": flips, "shards": broken_shards}
     with tempfile.TemporaryDirectory() as name:
         for kind in options.kinds:
             folder = Path(name) / kind
             if kind == "kills":
                 kills(folder, options.recipes, options.kills, options.seed, report)
-            elif kind in ("signals", "flips"):
-                (signals if kind == "signals" else flips)(folder, getattr(options, kind), options.seed, report)
+            elif kind in counted:
+                counted[kind](folder, getattr(options, kind), options.seed, report)
             else:
                 folder.mkdir(parents=True)
-                {"disk": disk, "worker": worker, "ranks": ranks}[kind](folder, report)
-    return 1 if report.lost else 0
+                {"disk": disk, "worker": worker, "ranks": ranks, "remote": failing_remote}[kind](folder, report)
+    report.print_table()
+    return 0 if report.is_clean else 1
 
 
 if __name__ == "__main__":

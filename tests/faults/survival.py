@@ -6,6 +6,7 @@ ten seconds that importing takes.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -25,6 +26,8 @@ from m3.cli import main
 from m3.recipe import Recipe, dump_recipe, load_recipe, recipe_from
 
 STEPS = 12
+LIMIT = 600
+"""Seconds after which a run that has not ended is taken to hang; it then says where it stands."""
 TIMES = ("samples_per_second", "data_wait", "seconds", "utilisation")
 RECIPES = ("mae_tiny", "flip_tiny", "fourm_tiny")
 
@@ -56,6 +59,7 @@ def fork(recipe: Recipe, before: Callable[[], None] = lambda: None, resume: bool
         os.dup2(output, 2)
         torch.set_num_threads(1)
         held_out.preview = lambda *_: None  # drawing takes longer than all steps
+        faulthandler.dump_traceback_later(LIMIT - 20, exit=True)
         before()
         code = main(["train", str(file), *(["--resume"] if resume else [])])
     except BaseException:
@@ -71,17 +75,26 @@ def log_of(recipe: Recipe) -> Path:
     return recipe.folder.parent / f"{recipe.folder.name}.log"
 
 
-def ended(child: int, within: float = 300) -> int:
+def ended(child: int, within: float = LIMIT) -> int:
     """Wait for a child and return its exit code, negative for a signal; one that hangs is killed and an error."""
+    code = polled(child, within)
+    if code is not None:
+        return code
+    os.kill(child, signal.SIGKILL)
+    is_gone = polled(child, 30) is not None
+    rest = "was killed" if is_gone else "can't even be killed: it waits for the disk or another device"
+    raise AssertionError(f"process {child} did not end within {within} s and {rest}")
+
+
+def polled(child: int, within: float) -> int | None:
+    """Return the exit code of a child, or None when it is still there after so many seconds."""
     end = time.monotonic() + within
     while time.monotonic() < end:
         found, status = os.waitpid(child, os.WNOHANG)
         if found:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.001)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    raise AssertionError(f"process {child} did not end within {within} s")
+    return None
 
 
 def finish(recipe: Recipe, before: Callable[[], None] = lambda: None) -> None:
@@ -146,6 +159,12 @@ def tear(recipe: Recipe, share: float) -> bool:
     text = "".join(loose)
     file.write_text("".join(whole) + text[: max(1, int(share * (len(text) - 1)))])
     return True
+
+
+def lost_steps(recipe: Recipe, reference: Recipe) -> int:
+    """Return how many steps of the reference a run has not taken just so: its line is missing or another."""
+    ours = metrics(recipe)
+    return len({line["step"] for line in metrics(reference) if line not in ours})
 
 
 def differences(recipe: Recipe, reference: Recipe) -> list[str]:

@@ -145,7 +145,7 @@ def test_checkpoints_are_written_where_folders_cannot_be_opened(tmp_path: Path, 
     with monkeypatch.context() as patched:
         patched.setattr(os, "open", refuse)
         patched.setattr(os, "fsync", flush)
-        checkpoint.write(target, lambda f: (f / "x").write_text("whole"), {"step": 4}, True, lambda: None)
+        checkpoint.write(target, lambda f: (f / "x").write_text("whole"), {"step": 4}, True, lambda work: work())
     assert (target / "x").read_text() == "whole"
     assert checkpoint.newest(tmp_path) == target
 

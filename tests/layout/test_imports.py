@@ -22,6 +22,7 @@ COMPOSING |= {
     "scale",
     "tokenize_data",
     "saving",
+    "export",
     "testing.learning",
     "auto",
     "__init__",
@@ -106,7 +107,7 @@ def test_only_the_trainer_knows_accelerate(name: str) -> None:
     def knows(nodes: Iterator[ast.Import | ast.ImportFrom]) -> bool:
         return any(n.split(".")[0] == "accelerate" for n in names(nodes))
 
-    if name in ("saving", "guard"):  # they are handed what the trainer made
+    if name in ("saving", "resuming", "guard"):  # they are handed what the trainer made
         assert not knows(at_load(TREES[name].body, False))
     else:
         assert knows(anywhere(TREES[name])) == (name == "train") or name == "bench"

@@ -17,7 +17,7 @@ from m3.schedule import Plan, learning_rate, make_optimizer, plan_run
 
 def save(run: Path, step: int, text: str = "whole") -> Path:
     target = checkpoint.folder_of(run, step)
-    checkpoint.write(target, lambda folder: _fill(folder, text), {"step": step}, True, lambda: None)
+    checkpoint.write(target, lambda folder: _fill(folder, text), {"step": step}, True, lambda work: work())
     return target
 
 
@@ -49,7 +49,7 @@ def test_a_written_checkpoint_holds_what_was_put_in(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_no_checkpoint_and_the_last_one_whole(tmp_path: Path) -> None:
     before = save(tmp_path, 5, "five")
     with pytest.raises(OSError, match="no space left"):
-        checkpoint.write(checkpoint.folder_of(tmp_path, 9), _break, {"step": 9}, True, lambda: None)
+        checkpoint.write(checkpoint.folder_of(tmp_path, 9), _break, {"step": 9}, True, lambda work: work())
     assert not checkpoint.folder_of(tmp_path, 9).exists()
     assert checkpoint.newest(tmp_path) == before
     assert (before / "inner" / "weights").read_text() == "five"
@@ -61,7 +61,7 @@ def test_a_write_that_fails_leaves_no_checkpoint_and_the_last_one_whole(tmp_path
 def test_a_failed_rewrite_keeps_the_checkpoint_of_the_same_step(tmp_path: Path) -> None:
     target = save(tmp_path, 5, "first")
     with pytest.raises(OSError, match="no space left"):
-        checkpoint.write(target, _break, {"step": 5}, True, lambda: None)
+        checkpoint.write(target, _break, {"step": 5}, True, lambda work: work())
     assert (target / "inner" / "weights").read_text() == "first"
     save(tmp_path, 5, "again")
     assert (target / "inner" / "weights").read_text() == "again"
@@ -71,7 +71,12 @@ def test_only_the_main_process_makes_and_renames_and_all_wait(tmp_path: Path) ->
     waits: list[list[str]] = []
     (tmp_path / "checkpoints" / ".step-00000003.partial").mkdir(parents=True)
     target = checkpoint.folder_of(tmp_path, 3)
-    checkpoint.write(target, lambda f: _fill(f, "other"), {"step": 3}, False, lambda: waits.append(names(tmp_path)))
+
+    def together(work) -> None:
+        work()
+        waits.append(names(tmp_path))
+
+    checkpoint.write(target, lambda f: _fill(f, "other"), {"step": 3}, False, together)
     assert waits == [[".step-00000003.partial"]] * 3
     assert not target.exists()
 

@@ -74,7 +74,7 @@ def test_the_average_by_hand_and_swapped_twice() -> None:
 
 def write(run: Path, step: int, text: str) -> None:
     target = checkpoint.folder_of(run, step)
-    checkpoint.write(target, lambda f: (f / "x").write_text(text), {"step": step}, True, lambda: None)
+    checkpoint.write(target, lambda f: (f / "x").write_text(text), {"step": step}, True, lambda work: work())
 
 
 def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_checkpoint_appears_whole_or_not_at_all(tmp_path: Path) -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write(checkpoint.folder_of(tmp_path, 20), broken, {"step": 20}, True, lambda: None)
+        checkpoint.write(checkpoint.folder_of(tmp_path, 20), broken, {"step": 20}, True, lambda work: work())
     newest = checkpoint.newest(tmp_path)
     assert newest is not None
     assert checkpoint.read_state(newest)["step"] == 10
