@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,7 +130,7 @@ class HeldOut:
         run = self.recipe.folder
         if rows:
             console.print(metrics_table(rows))
-            self.model.describe(run / "model", metrics=[asdict(row) for row in rows])
+            self.model.describe(run / "model", metrics=[row.facts() for row in rows])
             self._report(rows)
         for skipped in {id(s): s for s in (self.train_skipped, self.skipped)}.values():
             skipped.report()

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +59,7 @@ class Report:
     def write(self, folder: Path) -> Path:
         """Write `report.html` and `report.json` into a folder and return the former."""
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"title": self.title, "facts": self.facts, "rows": [asdict(row) for row in self.rows]}
+        content = {"title": self.title, "facts": self.facts, "rows": [row.facts() for row in self.rows]}
         (folder / "report.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (folder / "report.html").write_text(self._page(), encoding="utf-8")
         return folder / "report.html"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from m3.evaluate.bootstrap import Scores
 from m3.model import M3Model
 from m3.parts import build_spec
 from m3.plugins import Strict
@@ -30,6 +31,7 @@ class Row:
         interval: 95 % interval of the model's figure over the samples; None: not worked out.
         difference: 95 % interval of model minus baseline on the same samples; None: not worked out.
         notes: what else is worth knowing, for the report.
+        scores: what each sample adds to both figures; None: they are no sums over samples.
     """
 
     task: str
@@ -41,6 +43,28 @@ class Row:
     interval: tuple[float, float] | None = None
     difference: tuple[float, float] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    scores: Scores | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        scores: Scores,
+        task: str,
+        measure: str,
+        baseline_name: str,
+        higher_is_better: bool,
+        seed: int,
+        notes: dict[str, Any] | None = None,
+    ) -> Row:
+        """Make the line of what single samples add; the seed is that of the intervals."""
+        own, theirs = scores.figures()
+        interval, difference = scores.intervals(seed)
+        line = (task, measure, own, theirs, baseline_name, higher_is_better)
+        return cls(*line, interval, difference, notes or {}, scores)
+
+    def facts(self) -> dict[str, Any]:
+        """Return all but the single samples' scores, for JSON."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "scores"}
 
     @property
     def is_won(self) -> bool:
