@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -22,6 +22,9 @@ from m3.progress import METRICS, Lines, Skipped
 from m3.recipe import Recipe, load_recipe, recipe_from
 from m3.report import Report
 from m3.show import metrics_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OURS = ("data", "evaluate", "seed")
 """Sections of a recipe that measuring may change; the rest belongs to the model."""
@@ -73,7 +76,10 @@ def measure(path: str, overrides: list[str], tasks: list[str], data: str | None,
     settings = yaml.safe_dump(
         recipe.model_dump(mode="json", include=set(OURS)), sort_keys=False, allow_unicode=True, width=110
     )
-    report = Report(f"{_name(path)} on held-out samples", facts, rows, measuring.figures(), settings)
+    measuring.draw(folder / "preview.png")
+    pictures: dict[str, Figure | Path] = {"Predictions": folder / "preview.png"} if measuring.drawn else {}
+    pictures |= measuring.figures() | measuring.attention()
+    report = Report(f"{_name(path)} on held-out samples", facts, rows, pictures, settings)
     console.print(f"Report: {report.write(folder)}", highlight=False, soft_wrap=True)
     return rows
 

@@ -84,14 +84,25 @@ def metrics_table(rows: list[Row]) -> Table:
     table.caption = "Baselines: " + "\n".join(BASELINES.get(name, name) for name in used)
     for column in ("task", "measure", "model", "baseline", "difference", ""):
         table.add_column(column, justify="right" if column in ("model", "baseline", "difference") else "left")
+    if any(row.interval for row in rows):
+        table.caption += "\nBelow a figure: its 95 % interval over the samples (bootstrap)"
     if any(row.is_sure is False for row in rows):
-        table.caption += "\n(?): no more than chance among the samples may make (95 % interval, bootstrap)"
+        table.caption += "\n(?): no more than chance among the samples may make"
     for row in rows:
         arrow, colour = ("\u2191" if row.higher_is_better else "\u2193"), ("green" if row.is_won else "red")
         difference = f"[{colour}]{row.model - row.baseline:+.3f}[/]" + (" (?)" if row.is_sure is False else "")
-        numbers = (f"{row.model:.3f}", f"{row.baseline:.3f}", difference)
+        numbers = (
+            f"{row.model:.3f}{between(row.interval)}",
+            f"{row.baseline:.3f}",
+            f"{difference}{between(row.difference)}",
+        )
         table.add_row(row.task, f"{row.measure} {arrow}", *numbers, row.baseline_name.replace("_", " "))
     return table
+
+
+def between(interval: tuple[float, float] | None) -> str:
+    """Return an interval as a line below its figure, for terminals; empty where there is none."""
+    return "" if interval is None else f"\n[dim]{interval[0]:.3f} to {interval[1]:.3f}[/]"
 
 
 def _pictures(model: M3Model, batch: Batch, result: Reconstruction, sample: int) -> dict[str, np.ndarray]:
