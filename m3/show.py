@@ -55,6 +55,13 @@ def preview(model: M3Model, batch: Batch, views: dict[str, dict[str, float] | No
     draw(rows, path)
 
 
+def predicted(
+    model: M3Model, batch: Batch, visible: dict[str, float] | None, seed: int, objective: str | None = None
+) -> dict[str, np.ndarray]:
+    """Return column title -> picture of a batch of one sample; arguments as of `M3Model.reconstruct`."""
+    return _pictures(model, batch, model.reconstruct(batch, visible, seed, objective), 0)
+
+
 def draw(rows: list[tuple[str, dict[str, np.ndarray]]], path: Path) -> None:
     """Write labelled rows of pictures (column title -> uint8 (H, W, 3)) as one PNG."""
     from matplotlib.figure import Figure
@@ -83,7 +90,8 @@ def metrics_table(rows: list[Row]) -> Table:
     table = Table(title="Held-out samples", title_justify="left", caption_justify="left", caption_style="")
     table.caption = "Baselines: " + "\n".join(BASELINES.get(name, name) for name in used)
     for column in ("task", "measure", "model", "baseline", "difference", ""):
-        table.add_column(column, justify="right" if column in ("model", "baseline", "difference") else "left")
+        is_number = column in ("model", "baseline", "difference")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     if any(row.interval for row in rows):
         table.caption += "\nBelow a figure: its 95 % interval over the samples (bootstrap)"
     if any(row.is_sure is False for row in rows):
@@ -102,7 +110,7 @@ def metrics_table(rows: list[Row]) -> Table:
 
 def between(interval: tuple[float, float] | None) -> str:
     """Return an interval as a line below its figure, for terminals; empty where there is none."""
-    return "" if interval is None else f"\n[dim]{interval[0]:.3f} to {interval[1]:.3f}[/]"
+    return "" if interval is None else f"\n[dim]{interval[0]:.3g}..{interval[1]:.3g}[/]"
 
 
 def _pictures(model: M3Model, batch: Batch, result: Reconstruction, sample: int) -> dict[str, np.ndarray]:

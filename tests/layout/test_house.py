@@ -93,7 +93,7 @@ ORDER = (
     {"convert", "initialise"},
     {"show", "inputs", "plot", "saving"},
     {"report"},
-    {"train", "held_out", "measure", "reconstruct", "embed", "tokenize_data"},
+    {"train", "held_out", "measure", "side_by_side", "reconstruct", "embed", "tokenize_data"},
     {
         "summary",
         "table",

@@ -139,3 +139,77 @@ def test_files_beside_folders_have_no_class(tmp_path):
         picture(tmp_path / place, 1)
     source = open_data(DataSpec(source="folder", root=str(tmp_path), held_out=0), "image")
     assert [source.read(i).labels for i in range(3)] == [{}, {}, {}]
+
+
+# -- models side by side ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def other(run, tmp_path_factory) -> Path:
+    """A wider model of the same pictures, which is not mirrored, normalises patches and has another name."""
+    folder = tmp_path_factory.mktemp("other")
+    (folder / "other.yaml").write_text(RECIPE.replace("width: 24", "width: 32"))
+    train(load_recipe(folder / "other.yaml", [f"out={folder / 'wide'}", "train.steps=20"]), is_shown=False)
+    return folder / "wide"
+
+
+def test_models_are_measured_on_the_same_samples(run, other, tmp_path, capsys):
+    assert main(["compare", str(run / "model"), str(other / "model"), "--out", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "The same held-out samples" in said
+    found = {row["task"]: row for row in json.loads((tmp_path / "report.json").read_text())["rows"]}
+    assert found.keys() == {"patches", "class"}
+    for task, row in found.items():
+        assert list(row["models"]) == ["run", "wide"]
+        for name, place in (("run", run), ("wide", other)):
+            assert row["models"][name]["model"] == pytest.approx(rows_of(place)[task]["model"]), "as each by itself"
+        difference = row["models"]["wide"]["model"] - row["models"]["run"]["model"]
+        assert row["differences"]["wide"]["difference"] == pytest.approx(difference)
+        low, high = row["differences"]["wide"]["interval"]
+        assert low < difference < high
+    page = (tmp_path / "report.html").read_text()
+    for title in ("Predictions for the same samples", "run: class: nearest neighbours", f"wide: {LOOKS}", "Recipe"):
+        assert f"<h2>{title}</h2>" in page
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_runs_are_measured_when_something_to_measure_is_given(run, other, tmp_path, capsys):
+    assert (
+        main(["compare", str(run), str(other), "--task", "knn:digit", "--out", str(tmp_path), "evaluate.samples=20"])
+        == 0
+    )
+    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert (row["task"], row["models"]["run"]["notes"]["samples"]) == ("knn of digit", 20)
+    capsys.readouterr()
+    assert main(["compare", str(run), str(other)]) == 2, "their metrics have no step in common"
+    assert "no evaluated step in common" in capsys.readouterr().err
+
+
+def test_a_model_against_itself_differs_by_nothing(run, tmp_path):
+    assert main(["compare", str(run), f"{run}/model", "--task", "knn:digit", "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert row["differences"][f"{run}/model"] == {"difference": 0.0, "interval": [0.0, 0.0]}
+
+
+def test_what_is_no_common_ground_is_named(run, tmp_path, capsys):
+    blind = tmp_path / "blind" / "model"
+    (tmp_path / "blind.yaml").write_text(
+        RECIPE.replace("targets: {image: {}}", "targets: {image: {normalise_patches: true}}")
+    )
+    changes = [f"out={blind.parent}", "train.steps=1", "evaluate.tasks={class: {type: knn, label: digit}}"]
+    changes += ["evaluate.tasks.patches.baseline=patch_mean"]
+    train(load_recipe(tmp_path / "blind.yaml", changes), is_shown=False)
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["compare", f"{run}/model", str(blind), *out]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "patches is left out, since blind can't be measured by it" in said
+    assert main(["compare", f"{run}/model", str(blind), *out, "--task", "retrieval"]) == 2
+    assert (
+        "m3 compare: run: evaluate.tasks.retrieval: the model has no contrastive objective" in capsys.readouterr().err
+    )
+    assert main(["compare", f"{run}/model", *out]) == 2
+    assert "give at least two models, each once" in capsys.readouterr().err
+    assert main(["compare", f"{run}/model", f"{run}/model", *out]) == 2
+    assert "give at least two models, each once" in capsys.readouterr().err
+    assert main(["compare", str(run), str(blind.parent), "--by-step", "--task", "spread"]) == 2
+    assert "leave out --task and --data" in capsys.readouterr().err
