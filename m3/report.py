@@ -131,6 +131,8 @@ class Report:
             return "<p>Nothing was measured.</p>"
         used = dict.fromkeys(row.baseline_name for row in self.rows)
         notes = "".join(f'<p class="note">{escape(BASELINES.get(name, name))}</p>' for name in used)
+        for remark in dict.fromkeys(row.remark for row in self.rows if row.remark):
+            notes += f'<p class="note">{escape(remark)}</p>'
         if any(row.interval or row.difference for row in self.rows):
             notes += '<p class="note">in brackets: 95 % interval over the samples (bootstrap)</p>'
         return f"<h2>Held-out samples</h2>{table_of(HEAD, map(_cells, self.rows), NUMBERS)}{notes}"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -96,6 +97,8 @@ def metrics_table(rows: list[Row]) -> Table:
         table.caption += "\nBelow a figure: its 95 % interval over the samples (bootstrap)"
     if any(row.is_sure is False for row in rows):
         table.caption += "\n(?): no more than chance among the samples may make"
+    for remark in dict.fromkeys(row.remark for row in rows if row.remark):
+        table.caption += f"\n[yellow]{escape(remark)}[/]"
     for row in rows:
         arrow, colour = ("\u2191" if row.higher_is_better else "\u2193"), ("green" if row.is_won else "red")
         difference = f"[{colour}]{row.model - row.baseline:+.3f}[/]" + (" (?)" if row.is_sure is False else "")

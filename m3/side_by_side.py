@@ -83,7 +83,8 @@ def compare_models(
     }
     _check_same_samples(held_out)
     lines = _lines({name: one.measure() for name, one in held_out.items()}, recipe.seed)
-    notes = left_out + _notes(recipe, models)
+    remarks = dict.fromkeys(row.remark for line in lines for row in line.rows.values() if row.remark)
+    notes = [*left_out, *_notes(recipe, models), *remarks]
     console.print(_table(lines, names))
     for note in notes:
         console.print(note, soft_wrap=True, highlight=False)

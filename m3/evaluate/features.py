@@ -18,7 +18,7 @@ from torch import Tensor
 
 from m3.errors import M3Error, nearest
 from m3.evaluate.bootstrap import of_hits
-from m3.evaluate.task import Row, Task
+from m3.evaluate.task import Row, Task, check_classes
 from m3.model import M3Model
 from m3.plugins import Strict
 from m3.types import Batch
@@ -137,10 +137,14 @@ class LabelTask(Task):
                     f"with {', '.join(self.inputs)}.{nearest(self.spec.label, self._labels_seen)}"
                 )
         labels, truth = (torch.cat(kept[split].labels).numpy() for split in ("train", "held_out"))
+        remark = check_classes(
+            f"evaluate.tasks.{self.name}", self.spec.label, set(labels.tolist()), set(truth.tolist())
+        )
         self.truth, self.features = truth, {split: part.matrix("model") for split, part in kept.items()}
         self.guesses, notes = self.guess(self.features, labels, truth)
         unlearned = sorted(set(truth.tolist()) - set(labels.tolist()))
         notes |= {"samples": len(truth), "training samples": len(labels), "classes without training samples": unlearned}
+        notes |= {"remark": remark} if remark else {}
         keys, right, rows = torch.cat(kept["held_out"].keys), torch.from_numpy(self.guesses == truth), []
         for baseline in self.spec.baseline:
             guesses, theirs = self._baseline(baseline, kept, labels, truth)

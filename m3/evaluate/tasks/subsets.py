@@ -15,7 +15,7 @@ from torch import Tensor
 from m3.errors import M3Error
 from m3.evaluate.bootstrap import of_hits
 from m3.evaluate.features import FeatureSpec, check_features, encoded, only
-from m3.evaluate.task import Row, Task
+from m3.evaluate.task import Row, Task, check_classes
 from m3.evaluate.tasks.probe import best_strength, classify
 from m3.model import M3Model
 from m3.types import Batch
@@ -80,6 +80,8 @@ class Subsets(Task):
                 f"{', '.join(self.inputs)}; name other inputs."
             )
         known, truth = (torch.cat(labels[split]).numpy() for split in ("train", "held_out"))
+        place = f"evaluate.tasks.{self.name}"
+        self.remark = check_classes(place, self.spec.label, set(known.tolist()), set(truth.tolist()))
         x = {split: {s: torch.cat(parts).numpy() for s, parts in kept.items()} for split, kept in features.items()}
         majority = truth == np.bincount(known).argmax()
         full = x["train"][self.inputs]
@@ -106,6 +108,7 @@ class Subsets(Task):
         what = " + ".join(subset) if len(subset) == 1 else f"all but {missing[0]}" if missing else "all"
         scores = of_hits(keys, *(torch.from_numpy(x) for x in hits))
         notes = {"fitted on": "all inputs", "fitted on this subset": own}
+        notes |= {"remark": self.remark} if self.remark else {}
         return Row.of(
             scores, f"{self.name}, {what}", f"accuracy of {self.spec.label}", "majority", True, self.seed, notes
         )
