@@ -32,7 +32,7 @@ pre { overflow-x: auto; font-size: .82rem; border: 1px solid var(--line); border
 @media (max-width: 40rem) {
   thead { display: none; } tr { display: block; padding: .4rem 0; border-bottom: 1px solid var(--line); }
   td, td.n { display: flex; justify-content: space-between; gap: 1rem; border: 0; padding: .1rem 0; text-align: right; }
-  td.n { white-space: normal; }
+  td.n { white-space: normal; } td br { display: none; }
   td::before { content: attr(data-name); color: #777; text-align: left; }
 }
 """
@@ -140,7 +140,7 @@ class Report:
 
 WIDEST, SHRUNK = 700, 0.5
 """Pixels from which a picture is scrolled sideways on a phone, rather than made smaller than this share."""
-HEAD = ("task", "measure", "model", "baseline", "difference", "baseline is")
+HEAD = ("task", "measure", "model", "baseline", "difference")
 NUMBERS = ("model", "baseline", "difference")
 
 
@@ -150,9 +150,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         escape(row.task),
         f"{escape(row.measure)} {arrow}",
         f"{row.model:.4g}{interval_text(row.interval)}",
-        f"{row.baseline:.4g}",
+        f"{row.baseline:.4g} <br><small>{escape(row.baseline_name.replace('_', ' '))}</small>",
         difference_text(row.model - row.baseline, row.is_won, row.difference),
-        escape(row.baseline_name.replace("_", " ")),
     )
 
 

@@ -90,7 +90,7 @@ def metrics_table(rows: list[Row]) -> Table:
     used = dict.fromkeys(row.baseline_name for row in rows)
     table = Table(title="Held-out samples", title_justify="left", caption_justify="left", caption_style="")
     table.caption = "Baselines: " + "\n".join(BASELINES.get(name, name) for name in used)
-    for column in ("task", "measure", "model", "baseline", "difference", ""):
+    for column in ("task", "measure", "model", "baseline", "difference"):
         is_number = column in ("model", "baseline", "difference")
         table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
     if any(row.interval for row in rows):
@@ -104,10 +104,10 @@ def metrics_table(rows: list[Row]) -> Table:
         difference = f"[{colour}]{row.model - row.baseline:+.3f}[/]" + (" (?)" if row.is_sure is False else "")
         numbers = (
             f"{row.model:.3f}{between(row.interval)}",
-            f"{row.baseline:.3f}",
+            f"{row.baseline:.3f}\n[dim]{row.baseline_name.replace('_', ' ')}[/]",
             f"{difference}{between(row.difference)}",
         )
-        table.add_row(row.task, f"{row.measure} {arrow}", *numbers, row.baseline_name.replace("_", " "))
+        table.add_row(row.task, f"{row.measure} {arrow}", *numbers)
     return table
 
 

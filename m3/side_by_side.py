@@ -265,7 +265,7 @@ def _html(lines: list[Line], names: list[str], notes: list[str]) -> str:
         found = [escape(text) for text in _titles(line)]
         for name in names:
             row = line.rows.get(name)
-            against = row and f"<br><small>{row.baseline_name.replace('_', ' ')} {row.baseline:.4g}</small>"
+            against = row and f" <br><small>{row.baseline_name.replace('_', ' ')} {row.baseline:.4g}</small>"
             found.append(f"{row.model:.4g}{interval_text(row.interval)}{against}" if row else "-")
         for name in names[1:]:
             has_one = name in line.differences
