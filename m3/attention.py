@@ -122,19 +122,36 @@ class SelfAttention(nn.Module):
             keep: (B, T) int64, tokens whose result is wanted; only these become queries -> (B, T, D).
             turn: cosines and sines (B, 1, N, E / 2) of rotary positions; not together with `keep`.
         """
-        batch, count, width = x.shape
+        q, k, v = self._projected(x, keep, turn)
+        return self.projection(attend(q, k, v, mask).transpose(1, 2).flatten(2))
+
+    def probabilities(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        keep: Tensor | None = None,
+        turn: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Return how much `forward` of the same arguments takes of each token, for pictures: (B, H, N or T, N).
+
+        Each row adds up to 1; keys that take no part have 0.
+        """
+        q, k, _ = self._projected(x, keep, turn)
+        return _probabilities(q, k, mask)
+
+    def _projected(
+        self, x: Tensor, keep: Tensor | None, turn: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries (B, H, N or T, E), keys and values (B, H, N, E)."""
+        width = x.shape[-1]
         if keep is None:
             q, k, v = self._heads(self.qkv(x), 3)
             q, k = self.q_norm(q), self.k_norm(k)
-            if turn is not None:
-                q, k = rotate(q, turn), rotate(k, turn)
-        else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            (q,) = self._heads(linear(take(x, keep), weight[:width], None if bias is None else bias[:width]), 1)
-            k, v = self._heads(linear(x, weight[width:], None if bias is None else bias[width:]), 2)
-            q, k = self.q_norm(q), self.k_norm(k)
-            count = keep.shape[1]
-        return self.projection(attend(q, k, v, mask).transpose(1, 2).reshape(batch, count, width))
+            return (q, k, v) if turn is None else (rotate(q, turn), rotate(k, turn), v)
+        weight, bias = self.qkv.weight, self.qkv.bias
+        (q,) = self._heads(linear(take(x, keep), weight[:width], None if bias is None else bias[:width]), 1)
+        k, v = self._heads(linear(x, weight[width:], None if bias is None else bias[width:]), 2)
+        return self.q_norm(q), self.k_norm(k), v
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """Split (B, N, parts * D) into heads: (parts, B, H, N, E)."""

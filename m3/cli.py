@@ -98,9 +98,16 @@ def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("table", _table, "print finished runs side by side, in Markdown", recipe=False)
     command.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
     command.add_argument("--first", type=int, default=None, metavar="N", help="only the first N figures of each")
-    text = "what runs measured on held-out samples at equal steps and at equal training time; --by-step: their losses"
+    text = (
+        "what runs had reached at equal steps and at equal training time (from their metrics); of models, or with "
+        "--task, --data or a.b=c: measure them on the same samples"
+    )
     command = add("compare", _compare, text, recipe=False)
-    command.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs; with --revisions: RECIPE [a.b=c ...]")
+    command.add_argument("runs", nargs="+", metavar="RUN", help="runs or models; with --revisions: RECIPE [a.b=c ...]")
+    command.add_argument("--task", action="append", default=[], metavar="TYPE[:LABEL]", help="measure, as `m3 eval`")
+    command.add_argument("--data", default=None, metavar="SOURCE", help="measure on these data, as `m3 eval`")
+    command.set_defaults(overrides=[])  # those that follow an option
+    command.add_argument("--out", default="comparison", help="folder for what is measured (default comparison)")
     command.add_argument("--by-step", action="store_true", help="compare the losses of two runs step by step")
     command.add_argument("--revisions", nargs=2, metavar="REV", help="two git revisions of M3 to train the recipe with")
     command.add_argument("--steps", type=int, default=20, help="with --revisions: steps to train (default 20)")
@@ -191,18 +198,25 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from m3.compare import compare
+    from m3.compare import compare, is_to_measure
+    from m3.side_by_side import compare_models
     from m3.step_compare import compare_revisions, compare_steps
 
+    overrides = [*(word for word in options.runs if "=" in word), *options.overrides]
+    models = [word for word in options.runs if "=" not in word]
+    if (options.by_step or options.revisions) and (options.task or options.data):
+        raise M3Error("--by-step and --revisions compare losses; leave out --task and --data, or leave out these.")
     if options.revisions:
-        recipe, *overrides = options.runs
+        recipe, *_ = models
         compare_revisions(options.revisions, recipe, overrides, options.steps, options.tolerance)
     elif options.by_step:
-        if len(options.runs) != 2:
+        if len(models) != 2:
             raise M3Error("--by-step compares two runs, no more and no fewer.")
-        compare_steps(Path(options.runs[0]), Path(options.runs[1]), options.tolerance)
+        compare_steps(Path(models[0]), Path(models[1]), options.tolerance)
+    elif options.task or options.data or overrides or is_to_measure(models):
+        compare_models(models, overrides, options.task, options.data, Path(options.out))
     else:
-        compare([Path(run) for run in options.runs])
+        compare([Path(run) for run in models])
 
 
 def _runs(options: argparse.Namespace) -> None:

@@ -12,6 +12,12 @@ from m3.errors import M3Error
 from m3.metrics import Line, read_lines
 
 
+def is_to_measure(paths: list[str]) -> bool:
+    """True for models, which have no metrics that could be compared; False for runs."""
+    has_metrics = [(Path(path) / "metrics.jsonl").is_file() for path in paths]
+    return not any(has_metrics) or any((Path(path) / "config.json").is_file() for path in paths)
+
+
 def compare(runs: list[Path]) -> list[dict[str, Any]]:
     """Print one row per run and return the same figures.
 
@@ -74,4 +80,10 @@ def _print(rows: list[dict[str, Any]], tasks: list[str], step: int, seconds: flo
         else:
             cells += [str(at_time["step"]), *(f"{at_time[task]:.3f}" for task in tasks)]
         table.add_row(row["run"], *cells)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(
+        "From metrics.jsonl; with --task, --data or a.b=c the models are measured on the same samples.",
+        highlight=False,
+        soft_wrap=True,
+    )

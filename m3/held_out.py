@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +9,7 @@ from rich.console import Console
 
 from m3.data.loader import Samples, first_batches
 from m3.data.source import Source
+from m3.evaluate.attention_maps import attention_figures
 from m3.evaluate.codebook import measure_codes
 from m3.evaluate.task import Row, Task
 from m3.evaluate.tasks.predict import predictors
@@ -78,7 +78,6 @@ class HeldOut:
             step: steps that are done.
             picture: its name in the run folder; None: after the step, in `previews`.
         """
-        spec, seed = self.recipe.evaluate, self.recipe.seed
         self.model.eval()
         rows = self.measure()
         if rows:
@@ -86,14 +85,20 @@ class HeldOut:
             for row in rows:
                 line |= {f"{HELD_OUT}{row.task}": row.model, f"{BASELINE}{row.task}": row.baseline}
             self.metrics.append(line)
-        if self.has_picture:
-            shown = [task["visible"] for task in spec.tasks.values() if task.get("visible")]
-            views = {"masked": None} | {f"from {', '.join(visible)}": visible for visible in shown}
-            batch = self.skipped.count(next(first_batches(self.samples, spec.preview_rows, spec.preview_rows)))
-            self.drawn = self.recipe.folder / (picture or f"previews/step-{step:08d}.png")
-            preview(self.model, batch.to(self.model.device), views, self.drawn, seed)
+        self.draw(self.recipe.folder / (picture or f"previews/step-{step:08d}.png"))
         self.model.train()
         return rows
+
+    def draw(self, file: Path) -> None:
+        """Draw what the model predicts, with the model in evaluation mode; nothing where it predicts no signal."""
+        spec = self.recipe.evaluate
+        if not self.has_picture:
+            return
+        shown = [task["visible"] for task in spec.tasks.values() if task.get("visible")]
+        views = {"masked": None} | {f"from {', '.join(visible)}": visible for visible in shown}
+        batch = self.skipped.count(next(first_batches(self.samples, spec.preview_rows, spec.preview_rows)))
+        self.drawn = file
+        preview(self.model, batch.to(self.model.device), views, file, self.recipe.seed)
 
     def measure(self) -> list[Row]:
         """Measure the recipe's tasks with the model in evaluation mode; nothing without held-out samples."""
@@ -121,6 +126,12 @@ class HeldOut:
         """Return title -> picture of what was measured last."""
         return {title: figure for task in self.tasks for title, figure in task.figures().items()}
 
+    def attention(self) -> dict[str, Figure]:
+        """Return title -> picture of where the model looks on the first held-out samples."""
+        if not self.is_there:
+            return {}
+        return attention_figures(self.model, first_batches(self.samples, self.recipe.evaluate.preview_rows, 1))
+
     def pictures(self) -> dict[str, Figure | Path]:
         """Return title -> what was drawn last, predictions first."""
         drawn: dict[str, Figure | Path] = {"predictions": self.drawn} if self.drawn and self.drawn.is_file() else {}
@@ -131,7 +142,7 @@ class HeldOut:
         run = self.recipe.folder
         if rows:
             console.print(metrics_table(rows))
-            self.model.describe(run / "model", metrics=[asdict(row) for row in rows])
+            self.model.describe(run / "model", metrics=[row.facts() for row in rows])
             self._report(rows)
         for skipped in {id(s): s for s in (self.train_skipped, self.skipped)}.values():
             skipped.report()
@@ -149,6 +160,7 @@ class HeldOut:
     def _report(self, rows: list[Row]) -> None:
         """Write the report of the run."""
         run, recipe = self.recipe.folder, self.recipe
+        self.model.eval()
         plot([run], run / "curves.png", [])
         pictures: dict[str, Figure | Path] = {"Predictions": run / "preview.png", "Curves": run / "curves.png"}
         facts = {
@@ -158,6 +170,5 @@ class HeldOut:
             "parameters": f"{count_parameters(self.model) / 1e6:.2f} M",
             "training time": duration(read_lines(run)[-1].seconds),
         }
-        Report(f"{recipe.name}: held-out samples", facts, rows, pictures | self.figures(), dump_recipe(recipe)).write(
-            run
-        )
+        pictures |= self.figures() | self.attention()
+        Report(f"{recipe.name}: held-out samples", facts, rows, pictures, dump_recipe(recipe)).write(run)

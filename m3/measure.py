@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.console import Console
 from m3.data.loader import Samples
 from m3.data.source import open_source
 from m3.errors import M3Error
-from m3.evaluate.task import Row, build_tasks
+from m3.evaluate.task import Row, Task, build_tasks
 from m3.held_out import HeldOut
 from m3.inputs import open_model
 from m3.model import M3Model
@@ -22,6 +22,9 @@ from m3.progress import METRICS, Lines, Skipped
 from m3.recipe import Recipe, load_recipe, recipe_from
 from m3.report import Report
 from m3.show import metrics_table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OURS = ("data", "evaluate", "seed")
 """Sections of a recipe that measuring may change; the rest belongs to the model."""
@@ -44,44 +47,66 @@ def measure(path: str, overrides: list[str], tasks: list[str], data: str | None,
     """
     console = Console()
     model, _ = open_model(path)
-    recipe = _recipe(Path(path), model, overrides, tasks, data)
+    recipe = measuring_recipe(Path(path), model, overrides, tasks, data)
     parts = build_tasks(recipe.evaluate.tasks, model, recipe.seed)
     if not parts:
-        raise M3Error("eval: nothing to measure; give e.g. --task spread, or --task knn:LABEL.")
-    source, held_out = (
-        open_source(recipe.data, model.modalities, recipe.seed, split) for split in ("train", "held_out")
-    )
-    if not len(held_out):
-        raise M3Error(
-            f"eval: no sample of {len(source)} is held out (at most a tenth is, by data.held_out); give more data or a "
-            f"manifest with a column `split`."
-        )
-    train = Samples(source, model.modalities, recipe.data.model_copy(update=AS_THEY_ARE), recipe.seed)
-    skipped = Skipped(console, "samples", len(source), recipe.data.max_unreadable)
+        raise M3Error("nothing to measure; give e.g. --task spread, or --task knn:LABEL.")
     folder = out or _home(Path(path)) / "eval"
-    measuring = HeldOut(recipe, model, parts, train, held_out, skipped, console, Lines(folder / METRICS, console))
+    measuring = hold_out(recipe, model, parts, folder, console)
     rows = measuring.measure()
     assert rows, "held-out samples and tasks give rows"
     console.print(metrics_table(rows))
     facts = {
         "model": path,
-        "data": f"{recipe.data.source} {recipe.data.root or ''}".strip(),
-        "samples": f"{min(len(held_out), recipe.evaluate.samples)} held out, "
-        f"{min(len(source), recipe.evaluate.fit_samples)} training samples to learn from",
-        "command": shlex.join(["m3", *sys.argv[1:]]),
+        **facts_of(measuring),
     }
-    settings = yaml.safe_dump(
-        recipe.model_dump(mode="json", include=set(OURS)), sort_keys=False, allow_unicode=True, width=110
-    )
-    report = Report(f"{_name(path)} on held-out samples", facts, rows, measuring.figures(), settings)
+    measuring.draw(folder / "preview.png")
+    pictures: dict[str, Figure | Path] = {"Predictions": folder / "preview.png"} if measuring.drawn else {}
+    pictures |= measuring.figures() | measuring.attention()
+    report = Report(f"{name_of(path)} on held-out samples", facts, rows, pictures, settings_of(recipe))
     console.print(f"Report: {report.write(folder)}", highlight=False, soft_wrap=True)
     return rows
 
 
-def _recipe(path: Path, model: M3Model, overrides: list[str], tasks: list[str], data: str | None) -> Recipe:
+def hold_out(recipe: Recipe, model: M3Model, tasks: list[Task], folder: Path, console: Console) -> HeldOut:
+    """Open the held-out samples of a recipe's data for a model, and training samples as they are.
+
+    Raises:
+        M3Error: nothing is held out, or the data don't suit the model.
+    """
+    data, seed = recipe.data, recipe.seed
+    source, held_out = (open_source(data, model.modalities, seed, split) for split in ("train", "held_out"))
+    if not len(held_out):
+        raise M3Error(
+            f"no sample of {len(source)} is held out (at most a tenth is, by data.held_out); give more data or a "
+            f"manifest with a column `split`."
+        )
+    train = Samples(source, model.modalities, data.model_copy(update=AS_THEY_ARE), seed)
+    skipped = Skipped(console, "samples", len(source), data.max_unreadable)
+    return HeldOut(recipe, model, tasks, train, held_out, skipped, console, Lines(folder / METRICS, console))
+
+
+def facts_of(measuring: HeldOut) -> dict[str, str]:
+    """Say on what was measured, and by which command."""
+    data, spec = measuring.recipe.data, measuring.recipe.evaluate
+    return {
+        "data": f"{data.source} {data.root or ''}".strip(),
+        "samples": f"{min(len(measuring.samples.source), spec.samples)} held out, "
+        f"{min(len(measuring.train.source), spec.fit_samples)} training samples to learn from",
+        "command": shlex.join(["m3", *sys.argv[1:]]),
+    }
+
+
+def settings_of(recipe: Recipe) -> str:
+    """Return the sections of a recipe by which was measured, as YAML."""
+    sections = recipe.model_dump(mode="json", include=set(OURS))
+    return yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=110)
+
+
+def measuring_recipe(path: Path, model: M3Model, overrides: list[str], tasks: list[str], data: str | None) -> Recipe:
     """Return the recipe that the model was trained by, with other data and tasks."""
     if wrong := next((text for text in overrides if text.split("=")[0].split(".")[0] not in OURS), None):
-        raise M3Error(f"eval: `{wrong}` would change the model; only {', '.join(OURS)} can be set here.")
+        raise M3Error(f"`{wrong}` would change the model; only {', '.join(OURS)} can be set here.")
     changes = []
     if data is not None:
         is_file = Path(data).exists()
@@ -113,6 +138,7 @@ def _home(path: Path) -> Path:
     return path if path.is_dir() else Path()
 
 
-def _name(path: str) -> str:
+def name_of(path: str) -> str:
+    """Return the name of a model or run, by its folder."""
     name = Path(path).resolve().name
     return Path(path).resolve().parent.name if name in ("model", "model_ema") else name

@@ -19,6 +19,7 @@ from m3.errors import M3Error, nearest
 from m3.network import Network
 from m3.objectives.classify import Classify
 from m3.objectives.match import Match
+from m3.objectives.translate import Translate
 from m3.plugins import Embedder, Predictor, Signal, View
 from m3.random import Draws
 from m3.types import Batch, Encoded, Loss, MaskPlan, Tokens
@@ -169,6 +170,23 @@ class M3Model(Network):
         part = self._predictor(objective)
         tokens, encoded = self._look(batch.to(self.device), visible, seed, part.view)
         return part(dict.fromkeys(part.views, encoded), tokens), tokens, encoded.plan
+
+    @torch.no_grad()
+    def sample_losses(
+        self, batch: Batch, visible: float | Mapping[str, float | Tensor] | None, seed: int, objective: str
+    ) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tokens], MaskPlan]:
+        """Do what `losses` does, but return output -> what each sample adds: sums of losses and counts, (B,) each.
+
+        Args:
+            batch: raw signals.
+            visible: as in `reconstruct`.
+            seed: of the masks.
+            objective: name of an objective of type `translate`.
+        """
+        part = self._predictor(objective)
+        assert isinstance(part, Translate), "only this objective tells its samples apart"
+        tokens, encoded = self._look(batch.to(self.device), visible, seed, part.view)
+        return part.sample_losses(dict.fromkeys(part.views, encoded), tokens), tokens, encoded.plan
 
     def _look(
         self, batch: Batch, visible: float | Mapping[str, float | Tensor] | None, seed: int, view: View | None

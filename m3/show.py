@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -55,6 +56,13 @@ def preview(model: M3Model, batch: Batch, views: dict[str, dict[str, float] | No
     draw(rows, path)
 
 
+def predicted(
+    model: M3Model, batch: Batch, visible: dict[str, float] | None, seed: int, objective: str | None = None
+) -> dict[str, np.ndarray]:
+    """Return column title -> picture of a batch of one sample; arguments as of `M3Model.reconstruct`."""
+    return _pictures(model, batch, model.reconstruct(batch, visible, seed, objective), 0)
+
+
 def draw(rows: list[tuple[str, dict[str, np.ndarray]]], path: Path) -> None:
     """Write labelled rows of pictures (column title -> uint8 (H, W, 3)) as one PNG."""
     from matplotlib.figure import Figure
@@ -82,16 +90,30 @@ def metrics_table(rows: list[Row]) -> Table:
     used = dict.fromkeys(row.baseline_name for row in rows)
     table = Table(title="Held-out samples", title_justify="left", caption_justify="left", caption_style="")
     table.caption = "Baselines: " + "\n".join(BASELINES.get(name, name) for name in used)
-    for column in ("task", "measure", "model", "baseline", "difference", ""):
-        table.add_column(column, justify="right" if column in ("model", "baseline", "difference") else "left")
+    for column in ("task", "measure", "model", "baseline", "difference"):
+        is_number = column in ("model", "baseline", "difference")
+        table.add_column(column, justify="right" if is_number else "left", no_wrap=is_number)
+    if any(row.interval for row in rows):
+        table.caption += "\nBelow a figure: its 95 % interval over the samples (bootstrap)"
     if any(row.is_sure is False for row in rows):
-        table.caption += "\n(?): no more than chance among the samples may make (95 % interval, bootstrap)"
+        table.caption += "\n(?): no more than chance among the samples may make"
+    for remark in dict.fromkeys(row.remark for row in rows if row.remark):
+        table.caption += f"\n[yellow]{escape(remark)}[/]"
     for row in rows:
         arrow, colour = ("\u2191" if row.higher_is_better else "\u2193"), ("green" if row.is_won else "red")
         difference = f"[{colour}]{row.model - row.baseline:+.3f}[/]" + (" (?)" if row.is_sure is False else "")
-        numbers = (f"{row.model:.3f}", f"{row.baseline:.3f}", difference)
-        table.add_row(row.task, f"{row.measure} {arrow}", *numbers, row.baseline_name.replace("_", " "))
+        numbers = (
+            f"{row.model:.3f}{between(row.interval)}",
+            f"{row.baseline:.3f}\n[dim]{row.baseline_name.replace('_', ' ')}[/]",
+            f"{difference}{between(row.difference)}",
+        )
+        table.add_row(row.task, f"{row.measure} {arrow}", *numbers)
     return table
+
+
+def between(interval: tuple[float, float] | None) -> str:
+    """Return an interval as a line below its figure, for terminals; empty where there is none."""
+    return "" if interval is None else f"\n[dim]{interval[0]:.3g}..{interval[1]:.3g}[/]"
 
 
 def _pictures(model: M3Model, batch: Batch, result: Reconstruction, sample: int) -> dict[str, np.ndarray]:

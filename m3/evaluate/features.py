@@ -17,8 +17,8 @@ from pydantic import Field, NonNegativeInt, field_validator
 from torch import Tensor
 
 from m3.errors import M3Error, nearest
-from m3.evaluate.bootstrap import interval
-from m3.evaluate.task import Row, Task
+from m3.evaluate.bootstrap import of_hits
+from m3.evaluate.task import Row, Task, check_classes
 from m3.model import M3Model
 from m3.plugins import Strict
 from m3.types import Batch
@@ -66,12 +66,14 @@ class Kept:
     Attributes:
         features: `model`, `random` or `raw` -> (B, F) float32 of every batch, on the host.
         labels: (B,) int64 of every batch.
+        keys: (B,) int64 `Batch.keys` of every batch.
         ids: names of the samples.
         pictures: uint8 (H, W, 3) of the first samples.
     """
 
     features: dict[str, list[Tensor]] = field(default_factory=dict)
     labels: list[Tensor] = field(default_factory=list)
+    keys: list[Tensor] = field(default_factory=list)
     ids: list[str] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
 
@@ -135,27 +137,20 @@ class LabelTask(Task):
                     f"with {', '.join(self.inputs)}.{nearest(self.spec.label, self._labels_seen)}"
                 )
         labels, truth = (torch.cat(kept[split].labels).numpy() for split in ("train", "held_out"))
+        remark = check_classes(
+            f"evaluate.tasks.{self.name}", self.spec.label, set(labels.tolist()), set(truth.tolist())
+        )
         self.truth, self.features = truth, {split: part.matrix("model") for split, part in kept.items()}
         self.guesses, notes = self.guess(self.features, labels, truth)
         unlearned = sorted(set(truth.tolist()) - set(labels.tolist()))
         notes |= {"samples": len(truth), "training samples": len(labels), "classes without training samples": unlearned}
-        right, rows = (self.guesses == truth).astype(float), []
+        notes |= {"remark": remark} if remark else {}
+        keys, right, rows = torch.cat(kept["held_out"].keys), torch.from_numpy(self.guesses == truth), []
         for baseline in self.spec.baseline:
             guesses, theirs = self._baseline(baseline, kept, labels, truth)
-            other = (guesses == truth).astype(float)
-            rows.append(
-                Row(
-                    self.name,
-                    f"accuracy of {self.spec.label}",
-                    float(right.mean()),
-                    float(other.mean()),
-                    baseline,
-                    higher_is_better=True,
-                    interval=interval(right, self.seed),
-                    difference=interval(right - other, self.seed),
-                    notes=notes | {"baseline": theirs},
-                )
-            )
+            scores = of_hits(keys, right, torch.from_numpy(guesses == truth))
+            measure, about = f"accuracy of {self.spec.label}", notes | {"baseline": theirs}
+            rows.append(Row.of(scores, self.name, measure, baseline, True, self.seed, about))
         return rows
 
     def _baseline(
@@ -195,6 +190,7 @@ class LabelTask(Task):
         for name, features in found.items():
             kept.features.setdefault(name, []).append(features[is_kept])
         kept.labels.append(label.cpu()[is_kept])
+        kept.keys.append(batch.keys.cpu()[is_kept])
         numbers = is_kept.nonzero().flatten().tolist()
         kept.ids += [batch.ids[i] if batch.ids else str(len(kept.ids)) for i in numbers]
         kept.pictures += self._pictures(batch, numbers[: max(0, self.PICTURES - len(kept.pictures))])

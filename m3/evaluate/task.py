@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from m3.errors import M3Error
+from m3.evaluate.bootstrap import Scores
 from m3.model import M3Model
 from m3.parts import build_spec
 from m3.plugins import Strict
@@ -30,6 +32,7 @@ class Row:
         interval: 95 % interval of the model's figure over the samples; None: not worked out.
         difference: 95 % interval of model minus baseline on the same samples; None: not worked out.
         notes: what else is worth knowing, for the report.
+        scores: what each sample adds to both figures; None: they are no sums over samples.
     """
 
     task: str
@@ -41,6 +44,33 @@ class Row:
     interval: tuple[float, float] | None = None
     difference: tuple[float, float] | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    scores: Scores | None = field(default=None, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        scores: Scores,
+        task: str,
+        measure: str,
+        baseline_name: str,
+        higher_is_better: bool,
+        seed: int,
+        notes: dict[str, Any] | None = None,
+    ) -> Row:
+        """Make the line of what single samples add; the seed is that of the intervals."""
+        own, theirs = scores.figures()
+        interval, difference = scores.intervals(seed)
+        line = (task, measure, own, theirs, baseline_name, higher_is_better)
+        return cls(*line, interval, difference, notes or {}, scores)
+
+    def facts(self) -> dict[str, Any]:
+        """Return all but the single samples' scores, for JSON."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name != "scores"}
+
+    @property
+    def remark(self) -> str:
+        """A sentence that belongs beside the figure, such as which classes it says nothing of; empty: none."""
+        return self.notes.get("remark", "")
 
     @property
     def is_won(self) -> bool:
@@ -51,6 +81,44 @@ class Row:
     def is_sure(self) -> bool | None:
         """True when the difference is more than chance among the samples may make; None: not known."""
         return None if self.difference is None else self.difference[0] > 0 or self.difference[1] < 0
+
+
+def check_classes(where: str, label: str, learned: set[int], asked: set[int]) -> str:
+    """Return a sentence about classes that are only in one of the splits; empty where all are in both.
+
+    Args:
+        where: of the task in the recipe.
+        label: its name.
+        learned: classes of the training samples.
+        asked: classes of the held-out samples.
+
+    Raises:
+        M3Error: there is nothing to tell apart or to learn.
+    """
+    remedy = "check the labels, and take more samples (data.samples, evaluate.fit_samples)"
+    if len(learned | asked) == 1:
+        only = next(iter(asked))
+        raise M3Error(
+            f"{where}: all samples have class {only} of `{label}`, so there is nothing to tell apart; {remedy}, or "
+            f"remove this task."
+        )
+    if len(learned) == 1:
+        raise M3Error(
+            f"{where}: all training samples have class {next(iter(learned))} of `{label}`, so nothing can be learned "
+            f"from them; {remedy}."
+        )
+    texts = []
+    if unasked := learned - asked:
+        texts.append(f"no held-out sample has {_numbers(unasked)}; hold out more (data.held_out, evaluate.samples)")
+    if unlearned := asked - learned:
+        texts.append(f"no training sample has {_numbers(unlearned)}, so it can't be guessed (evaluate.fit_samples)")
+    return f"`{label}`: {'; '.join(texts)}" if texts else ""
+
+
+def _numbers(classes: set[int]) -> str:
+    first = sorted(classes)[:5]
+    more = f" and {len(classes) - 5} more" if len(classes) > 5 else ""
+    return f"class {', '.join(map(str, first))}{more}"
 
 
 class Task(ABC):

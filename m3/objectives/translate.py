@@ -11,6 +11,7 @@ D width, K classes, M modalities.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -87,6 +88,29 @@ class Translate(Predictor):
 
     def forward(self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]) -> Loss:
         """Return one part per output, named after it."""
+        parts = {}
+        for name, scores, truth, count, _ in self._asked_scores(encoded, tokens):
+            loss = F.cross_entropy(scores, truth, reduction="sum")
+            average = "parts" if self.spec.average == "modality" else "elements"
+            parts[name] = Part(loss, count, self.spec.weights.get(name, 1.0), average)
+        return Loss({name: parts[name] for name in self.outputs})
+
+    def sample_losses(
+        self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return for every output what each sample adds to its part: sums of losses and their counts, (B,) each."""
+        found = {}
+        for name, scores, truth, _, sample in self._asked_scores(encoded, tokens):
+            losses = F.cross_entropy(scores, truth, reduction="none")
+            empty = losses.new_zeros(len(encoded[self.views[0]].sequence))
+            added = (empty.index_add(0, sample, x) for x in (losses, torch.ones_like(losses)))
+            found[name] = tuple(added)
+        return found
+
+    def _asked_scores(
+        self, encoded: dict[View, Encoded], tokens: dict[str, Tokens]
+    ) -> Iterator[tuple[str, Tensor, Tensor, Tensor, Tensor]]:
+        """Yield output, scores (n, K) and ids (n,) of what is asked for, n as a tensor, and the sample (n,) of each."""
         view = encoded[self.views[0]]
         plan = self._own(view.plan, tokens)
         number = plan.pack_targets({name: torch.full_like(t, i) for i, (name, t) in enumerate(plan.target.items())})
@@ -97,17 +121,14 @@ class Translate(Predictor):
         mask = attention_mask(number, is_asked, [name in self.sequences for name in plan.target], self.spec.apart)
         x = self.decoder(x, self._read(view, tokens), mask, key_mask(view.is_valid))
         # Each modality has its own head, so the rows of each are brought together.
+        length = number.shape[1]
         number = number.masked_fill(~is_asked, len(plan.target)).flatten()
         counts = (number.unsqueeze(1) == torch.arange(len(plan.target), device=x.device)).sum(0)
         sizes = _sizes(counts, len(number))
         rows = number.argsort(stable=True)[: sum(sizes)].split(sizes)
-        parts = {}
         for i, (name, row) in enumerate(zip(plan.target, rows, strict=True)):
             scores = self._scores(name, x.flatten(0, 1).index_select(0, row)).float()
-            loss = F.cross_entropy(scores, truth.flatten().index_select(0, row), reduction="sum")
-            average = "parts" if self.spec.average == "modality" else "elements"
-            parts[name] = Part(loss, counts[i].float(), self.spec.weights.get(name, 1.0), average)
-        return Loss({name: parts[name] for name in self.outputs})
+            yield name, scores, truth.flatten().index_select(0, row), counts[i].float(), row // length
 
     def counts(self, plans: dict[View, MaskPlan], tokens: dict[str, Tokens]) -> dict[str, Tensor]:
         """Return the count of every part that `forward` will return."""

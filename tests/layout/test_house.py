@@ -94,7 +94,7 @@ ORDER = (
     {"convert", "initialise"},
     {"show", "inputs", "plot", "saving"},
     {"report", "resuming", "export"},
-    {"train", "held_out", "measure", "reconstruct", "embed", "tokenize_data"},
+    {"train", "held_out", "measure", "side_by_side", "reconstruct", "embed", "tokenize_data"},
     {
         "summary",
         "table",

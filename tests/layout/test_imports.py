@@ -13,6 +13,7 @@ COMPOSING |= {"label_efficiency", "table", "inputs", "embed", "tokenizer_model",
 COMPOSING |= {
     "held_out",
     "measure",
+    "side_by_side",
     "initialise",
     "convert",
     "bench_data",

@@ -225,7 +225,7 @@ def test_what_cannot_be_measured_is_said() -> None:
     (task,) = build_tasks({"class": {"type": "accuracy"}}, built(), 0)
     task.fit(batch(shares=torch.eye(5)[[2, 2, 2, 2]]))
     task.add(batch(shares=torch.eye(5)[[2, 2, 2, 2]]))
-    with pytest.raises(M3Error, match="all samples have class 2, so there is nothing to tell apart"):
+    with pytest.raises(M3Error, match="all samples have class 2 of `label`, so there is nothing to tell apart"):
         task.rows()
     with pytest.raises(M3Error, match="no held-out sample has a `label` together with image"):
         task.rows()

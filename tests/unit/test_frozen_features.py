@@ -11,7 +11,6 @@ from sklearn.datasets import load_digits
 
 from m3 import M3Config, M3Model
 from m3.errors import M3Error
-from m3.evaluate.bootstrap import interval
 from m3.evaluate.linear import train_linear
 from m3.evaluate.task import Row, Task, build_tasks
 from m3.evaluate.tasks.zero_shot import classes_of, templates_of
@@ -148,7 +147,7 @@ def test_every_learning_rate_is_reported_and_the_best_counts():
     assert row.model == max(tried.values()) == tried["1.0"] > tried["1e-06"]
 
 
-# -- spread and intervals ---------------------------------------------------------------------------------
+# -- spread ---------------------------------------------------------------------------------
 
 
 def test_rank_and_deviation_are_those_of_the_features():
@@ -163,17 +162,6 @@ def test_rank_and_deviation_are_those_of_the_features():
     assert deviation.model == pytest.approx(x.std(0, ddof=1).mean() / np.sqrt((x**2).mean()), rel=1e-4)
     assert rank.baseline != rank.model
     assert task.rows() == []
-
-
-def test_an_interval_holds_the_true_mean_about_95_times_in_100():
-    random, inside = np.random.default_rng(0), 0
-    for turn in range(200):
-        low, high = interval((random.random(60) < 0.7).astype(float), turn)
-        inside += low <= 0.7 <= high
-    assert 180 <= inside <= 198
-    assert interval(np.full(5, 0.25)) == (0.25, 0.25)
-    wide, narrow = (interval(np.arange(count) % 2) for count in (20, 2000))
-    assert wide[1] - wide[0] > 5 * (narrow[1] - narrow[0])
 
 
 def test_a_label_that_nothing_has_is_refused():

@@ -99,3 +99,14 @@ def test_settings_are_checked(settings, message):
         return
     with pytest.raises(M3Error, match=message):
         build_tasks({"it": {"type": "likelihood", **settings}}, build(), 0)
+
+
+@pytest.mark.parametrize("target", ["codes", "text"])
+def test_what_a_sample_adds_is_what_it_adds_alone(target):
+    model, batch = build(), batch_of([[1, 2, 3], [2], [1, 1]], 4)
+    visible = {"text": 1.0} if target == "codes" else {"codes": 1.0}
+    sums, counts = model.sample_losses(batch, visible, 3, "translate")[0][target]
+    for i in range(3):
+        alone = Batch({name: x[i : i + 1] for name, x in batch.signals.items()}, batch.keys[i : i + 1])
+        part = model.losses(alone, visible, 3, "translate")[0].parts[target]
+        assert (float(sums[i]), int(counts[i])) == (pytest.approx(part.sum.item(), rel=1e-5), part.count)

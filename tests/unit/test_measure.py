@@ -33,6 +33,9 @@ evaluate:
 """
 
 
+LOOKS = "Where the class token looks (last block)"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("measure")
@@ -48,9 +51,9 @@ def rows_of(folder: Path) -> dict[str, dict]:
 def test_a_run_ends_with_a_report_that_needs_no_other_file(run):
     page = (run / "report.html").read_text()
     assert rows_of(run).keys() == {"patches", "class"}
-    for title in ("Predictions", "Curves", "class: nearest neighbours", "Recipe"):
+    for title in ("Predictions", "Curves", "class: nearest neighbours", LOOKS, "Recipe"):
         assert f"<h2>{title}</h2>" in page
-    assert page.count('src="data:image/png;base64,') == 3
+    assert page.count('src="data:image/png;base64,') == 4
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert '<meta name="viewport"' in page
 
@@ -60,6 +63,8 @@ def test_a_model_is_measured_by_the_tasks_of_its_recipe(run, capsys):
     again, before = rows_of(run / "eval"), rows_of(run)
     assert again["class"]["model"] == before["class"]["model"]
     assert again["patches"]["model"] == pytest.approx(before["patches"]["model"])
+    page = (run / "eval" / "report.html").read_text()
+    assert [title in page for title in ("<h2>Predictions</h2>", f"<h2>{LOOKS}</h2>")] == [True, True]
     assert "Report: " in capsys.readouterr().out
 
 

@@ -201,11 +201,11 @@ def test_fresh_weights_are_others_and_always_the_same():
     assert rows[0].baseline == pytest.approx(by_hand(own[0], x, own[1], y, "logistic"))
 
 
-def test_one_class_alone_is_always_guessed():
+def test_one_class_alone_teaches_nothing():
     model, train, held_out = make(), batch_of(20, 1), batch_of(50, 2)
     train = replace(train, labels={"bright": torch.full((20,), 2)})
-    row = measure(model, [train], [held_out])
-    assert row.model == row.baseline == pytest.approx((held_out.labels["bright"] == 2).float().mean().item())
+    with pytest.raises(M3Error, match="all training samples have class 2 of `bright`, so nothing can be learned"):
+        measure(model, [train], [held_out])
 
 
 def test_raw_values_are_token_values_with_0_for_unknown_ones_and_shares_of_classes():

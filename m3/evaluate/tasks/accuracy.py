@@ -13,7 +13,8 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from m3.errors import M3Error
-from m3.evaluate.task import Row, Task
+from m3.evaluate.bootstrap import of_hits
+from m3.evaluate.task import Row, Task, check_classes
 from m3.model import M3Model
 from m3.plugins import Strict
 from m3.signals import Look
@@ -97,22 +98,20 @@ class Accuracy(Task):
         guesses, truth = mean_of_looks(keys, guesses, truth)
         if self.part.several:
             return [self._precision(guesses, truth, where)]
-        return self._accuracies(guesses, truth.argmax(1), frequency, where)
+        return self._accuracies(keys.unique(), guesses, truth.argmax(1), frequency)
 
-    def _accuracies(self, guesses: Tensor, truth: Tensor, frequency: Tensor, where: str) -> list[Row]:
-        seen = torch.cat([frequency.nonzero()[:, 0], truth]).unique()
-        if len(seen) == 1:
-            raise M3Error(
-                f"{where}: all samples have class {int(seen[0])}, so there is nothing to tell apart; check the labels "
-                f"(data.samples, evaluate.fit_samples) or remove this task."
-            )
+    def _accuracies(self, keys: Tensor, guesses: Tensor, truth: Tensor, frequency: Tensor) -> list[Row]:
+        learned = set(frequency.nonzero()[:, 0].tolist())
+        remark = check_classes(
+            f"evaluate.tasks.{self.name}", self.part.spec.label, learned, set(truth.unique().tolist())
+        )
+        notes = {"remark": remark} if remark else {}
         ranked, usual = guesses.argsort(1, descending=True), frequency.argsort(descending=True)
         rows = []
         for count in (1, TOP) if guesses.shape[1] > TOP else (1,):
-            own = float((ranked[:, :count] == truth.unsqueeze(1)).any(1).float().mean())
-            theirs = float(torch.isin(truth, usual[:count]).float().mean())
+            own, theirs = (ranked[:, :count] == truth.unsqueeze(1)).any(1), torch.isin(truth, usual[:count])
             name, measure = (self.name, "accuracy") if count == 1 else (f"{self.name} (top {count})", f"top-{count}")
-            rows.append(Row(name, measure, own, theirs, "majority", higher_is_better=True))
+            rows.append(Row.of(of_hits(keys, own, theirs), name, measure, "majority", True, self.seed, notes))
         return rows
 
     def _precision(self, guesses: Tensor, truth: Tensor, where: str) -> Row:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from m3.errors import M3Error, nearest, within
+from m3.evaluate.bootstrap import Tally
 from m3.evaluate.task import Row, Task
 from m3.evaluate.tasks.predict import objective_of, predictors, targets_of
 from m3.masking import Amount
@@ -33,7 +35,7 @@ class DepthInMetres(Task):
     """
 
     class Spec(Strict):
-        """Settings of `type: depth`.
+        """Settings of `type: depth_in_metres`.
 
         Attributes:
             target: name of a target of an objective; of a modality of type `depth` with `normalise: fixed`, since depth
@@ -62,7 +64,7 @@ class DepthInMetres(Task):
             raise M3Error(f"{where}.visible: the encoder sees `{self.modality}` itself; name other modalities.")
         self.median: float | None = None
         self._seen: list[Tensor] = []
-        self._sums = torch.zeros(2, 4, dtype=torch.float64)
+        self._tally = Tally()
 
     @property
     def wants_training_samples(self) -> bool:
@@ -83,23 +85,30 @@ class DepthInMetres(Task):
         is_known, truth = self._truth(batch)
         objective = objective_of(self.model, self.spec.target)
         result = self.model.reconstruct(batch, self.spec.visible, self.seed, objective).predicted[self.spec.target]
+        sizes = is_known.flatten(1).sum(1).tolist()
         guesses = self.metres(result)[is_known], torch.full_like(truth, self.median)
-        self._sums += torch.stack([errors(guess, truth) for guess in guesses]).cpu()
+        self._tally.add(batch.keys, *(_each(guess, truth, sizes) for guess in guesses))
 
     def rows(self) -> list[Row]:
         """Return three rows."""
-        sums, self._sums = self._sums, torch.zeros_like(self._sums)
-        if not sums[0, 3]:
+        scores = self._tally.scores(lambda sums: float(sums[0] / sums[3]))
+        if scores is None or not scores.own[:, 3].sum():
             raise M3Error(f"evaluate.tasks.{self.name}: no held-out sample has a known depth; remove this task.")
-        close, squares, absolute = (sums[:, :3] / sums[:, 3:]).T.tolist()
         figures = {
-            "delta1": (close, True),
-            "RMSE, m": ([math.sqrt(x) for x in squares], False),
-            "L1 error, m": (absolute, False),
+            "delta1": (scores.finish, True),
+            "RMSE, m": (lambda sums: math.sqrt(sums[1] / sums[3]) if sums[3] else math.nan, False),
+            "L1 error, m": (lambda sums: float(sums[2] / sums[3]), False),
         }
         return [
-            Row(f"{self.name} ({measure.split(',')[0]})", measure, own, theirs, "median", higher_is_better=is_up)
-            for measure, ((own, theirs), is_up) in figures.items()
+            Row.of(
+                replace(scores, finish=finish),
+                f"{self.name} ({measure.split(',')[0]})",
+                measure,
+                "median",
+                is_up,
+                self.seed,
+            )
+            for measure, (finish, is_up) in figures.items()
         ]
 
     def _truth(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -109,6 +118,11 @@ class DepthInMetres(Task):
         if self.modality in batch.is_present:
             is_known = is_known & batch.is_present[self.modality][:, None, None]
         return is_known, metres[is_known]
+
+
+def _each(guess: Tensor, truth: Tensor, sizes: list[int]) -> Tensor:
+    """Return the errors (B, 4) of samples that have so many of the n known depths each: guess and truth (n,)."""
+    return torch.stack([errors(*pair) for pair in zip(guess.split(sizes), truth.split(sizes), strict=True)])
 
 
 def errors(predicted: Tensor, truth: Tensor) -> Tensor:

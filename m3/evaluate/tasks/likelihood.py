@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from m3.errors import M3Error, nearest
+from m3.evaluate.bootstrap import Tally, ratio
 from m3.evaluate.task import Row, Task
 from m3.masking import Amount
 from m3.model import M3Model
@@ -61,7 +61,7 @@ class Likelihood(Task):
         # One more than was counted, so that what never occurred is possible.
         self._frequency = torch.ones(self.part.classes[spec.target], device=model.device)
         self._is_fitted = spec.baseline != "unigram"
-        self._sums: Tensor | None = None
+        self._tally = Tally()
 
     @property
     def wants_training_samples(self) -> bool:
@@ -78,22 +78,19 @@ class Likelihood(Task):
     def add(self, batch: Batch) -> None:
         """Add up the cross-entropy of the model, that of the baseline, and the tokens."""
         self._is_fitted, name = True, self.spec.target
-        loss, tokens, plan = self.model.losses(batch, self.spec.visible, self.seed, self.objective)
-        own = loss.parts[name]
+        found, tokens, plan = self.model.sample_losses(batch, self.spec.visible, self.seed, self.objective)
+        own, count = found[name]
         if self.spec.baseline == "unigram":
             truth, is_asked = self.part.asked(name, plan, tokens)
-            other = -(self._frequency / self._frequency.sum()).log()[truth[is_asked]].sum()
+            usual = -(self._frequency / self._frequency.sum()).log()
+            other = (usual[truth.clamp(min=0)] * is_asked).sum(1)
         else:
-            other = self.model.losses(batch, {}, self.seed, self.objective)[0].parts[name].sum
-        sums = torch.stack([own.sum, other, own.count]).double()
-        self._sums = sums if self._sums is None else self._sums + sums
+            other = self.model.sample_losses(batch, {}, self.seed, self.objective)[0][name][0]
+        self._tally.add(batch.keys, torch.stack([own, count], 1), torch.stack([other, count], 1))
 
     def rows(self) -> list[Row]:
         """Return one row."""
-        if self._sums is None:
+        scores = self._tally.scores(ratio)
+        if scores is None or not scores.own[:, 1].sum():
             return []
-        own, other, count = self._sums.tolist()
-        self._sums = None
-        if not count:
-            return []
-        return [Row(self.name, "nats per token", own / count, other / count, self.spec.baseline, False)]
+        return [Row.of(scores, self.name, "nats per token", self.spec.baseline, False, self.seed)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from m3.evaluate.bootstrap import Tally, ratio
 from m3.evaluate.task import Row, Task
 from m3.model import M3Model
 from m3.partners import swapped
@@ -34,7 +35,7 @@ class MatchAccuracy(Task):
     def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
         super().__init__(spec, name, model, seed)
         self.part = model.matcher(spec.objective)
-        self._right, self._asked = 0, 0
+        self._tally = Tally()
 
     def add(self, batch: Batch) -> None:
         """Ask for the pairs of a batch, and for each with what the sample before it has."""
@@ -42,16 +43,19 @@ class MatchAccuracy(Task):
             return
         tokens = self.model.tokenise(batch)
         other = borrowed(tokens, self.part.spec.swap.of, torch.arange(len(batch), device=self.model.device).roll(1))
+        right = asked = torch.zeros(len(batch), device=self.model.device)
         for pairs, is_match in ((tokens, True), (other, False)):
             found = self.model.match_tokens(pairs, self.part)
-            found = found[~found.isnan()]
-            self._right += int(((found > 0.5) == is_match).sum())
-            self._asked += len(found)
+            is_there = ~found.isnan()
+            right, asked = right + (((found > 0.5) == is_match) & is_there), asked + is_there
+        counts = asked > 0
+        own, chance = (torch.stack([hits, asked], 1)[counts] for hits in (right, asked / 2))
+        self._tally.add(batch.keys[counts], own, chance)
 
     def rows(self) -> list[Row]:
         """Return one row; none if there was no pair."""
-        right, asked, self._right, self._asked = self._right, self._asked, 0, 0
-        return [Row(self.name, "accuracy", right / asked, 0.5, "chance", True)] if asked else []
+        scores = self._tally.scores(ratio)
+        return [Row.of(scores, self.name, "accuracy", "chance", True, self.seed)] if scores else []
 
 
 def borrowed(tokens: dict[str, Tokens], of: str, index: Tensor) -> dict[str, Tokens]:

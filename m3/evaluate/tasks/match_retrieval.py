@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from m3.evaluate.bootstrap import Tally, ratio
 from m3.evaluate.task import Row, Task
 from m3.evaluate.tasks.match_accuracy import borrowed
 from m3.model import M3Model
@@ -37,10 +38,7 @@ class MatchRetrieval(Task):
     def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
         super().__init__(spec, name, model, seed)
         self.part = model.matcher(spec.objective)
-        self._clear()
-
-    def _clear(self) -> None:
-        self._right, self._chance, self._queries = torch.zeros(2, dtype=torch.float64), 0.0, 0
+        self._ways = Tally(), Tally()
 
     def add(self, batch: Batch) -> None:
         """Score all pairs within the groups of a batch."""
@@ -50,9 +48,10 @@ class MatchRetrieval(Task):
             scores = self.scores(group)
             is_there = ~scores.diagonal().isnan()
             scores = scores[is_there][:, is_there]
-            self._right += torch.stack([_recall(scores), _recall(scores.T)]).cpu()
-            self._chance += float(len(scores) > 0)
-            self._queries += len(scores)
+            keys, asked = batch.keys[first : first + self.spec.candidates][is_there], scores.new_ones(len(scores))
+            chance = torch.stack([asked / max(1, len(scores)), asked], 1)
+            for tally, direction in zip(self._ways, (scores, scores.T), strict=True):
+                tally.add(keys, torch.stack([_recall(direction), asked], 1), chance)
 
     def scores(self, tokens: dict[str, Tokens]) -> Tensor:
         """Return (C, C) the model's score of each sample (row) with the swapped modality of each (column)."""
@@ -66,17 +65,11 @@ class MatchRetrieval(Task):
 
     def rows(self) -> list[Row]:
         """Return one row for each direction; none if there was no pair."""
-        right, chance, queries = self._right.tolist(), self._chance, self._queries
-        self._clear()
-        if not queries:
-            return []
         of = self.part.spec.swap.of
         other = next(name for name in self.part.spec.modalities if name != of)
         names = (f"{self.name}, {of} of {other}", f"{self.name}, {other} of {of}")
-        return [
-            Row(name, "recall@1", hits / queries, chance / queries, "chance", True)
-            for name, hits in zip(names, right, strict=True)
-        ]
+        found = [(name, tally.scores(ratio)) for name, tally in zip(names, self._ways, strict=True)]
+        return [Row.of(scores, name, "recall@1", "chance", True, self.seed) for name, scores in found if scores]
 
 
 def _rows(part: Tokens, start: int, stop: int) -> Tokens:
@@ -86,8 +79,8 @@ def _rows(part: Tokens, start: int, stop: int) -> Tokens:
 
 
 def _recall(scores: Tensor) -> Tensor:
-    """Return () the number of rows of (C, C) whose highest score is the diagonal's; equal ones share it."""
+    """Return for each row of (C, C) whether its highest score is the diagonal's, (C,); equal ones share it."""
     if not len(scores):
-        return torch.zeros((), dtype=torch.float64)
+        return scores.new_zeros(0)
     is_best = scores == scores.amax(1, keepdim=True)
-    return (is_best.diagonal() / is_best.sum(1)).sum().double()
+    return is_best.diagonal() / is_best.sum(1)

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from m3.errors import M3Error, nearest
 from m3.evaluate.baselines import Average, average, constant, known_values, neighbours, repeated
+from m3.evaluate.bootstrap import Tally, ratio
 from m3.evaluate.task import Row, Task
 from m3.masking import Amount
 from m3.model import M3Model, Reconstruction
-from m3.plugins import Predictor, Strict
+from m3.plugins import Modality, Predictor, Strict
 from m3.types import Batch, Tokens
 
 
@@ -50,7 +51,7 @@ class Predict(Task):
         self.is_relative = any(predictor.is_relative.get(spec.target) for predictor in predictors(model))
         self.average: Average | None = None
         self._seen: list[Tensor] = []
-        self._sums: tuple[Tensor, Tensor] | None = None
+        self._tally = Tally()
 
     @property
     def wants_training_samples(self) -> bool:
@@ -70,8 +71,7 @@ class Predict(Task):
         objective = objective_of(self.model, self.spec.target)
         result = self.model.reconstruct(batch, self.spec.visible, self.seed, objective)
         blind = self._blind(batch, objective) if self.spec.without else None
-        own, theirs = self._score(batch, result, blind)
-        self._sums = (own, theirs) if self._sums is None else (self._sums[0] + own, self._sums[1] + theirs)
+        self._tally.add(batch.keys, *self._score(batch, result, blind))
 
     def _blind(self, batch: Batch, objective: str) -> Tensor:
         """Predict the target from the same tokens, without the modalities that the baseline is not shown."""
@@ -84,16 +84,12 @@ class Predict(Task):
 
     def rows(self) -> list[Row]:
         """Return one row."""
-        if self._sums is None:
-            return []
-        (own, theirs), self._sums = self._sums, None
-        baseline = self.spec.baseline
-        if self.is_relative:
-            scores = (float(own[0] / own[1]), float(theirs[0] / theirs[1]))
-            return [Row(self.name, "MSE of patches", *scores, baseline, higher_is_better=False)]
         modality = self.model.modalities[self.modality]
-        scores = (modality.finish_score(own), modality.finish_score(theirs))
-        return [Row(self.name, modality.measure, *scores, baseline, modality.higher_is_better)]
+        scores = self._tally.scores(ratio if self.is_relative else modality.finish_score)
+        if scores is None:
+            return []
+        measure = ("MSE of patches", False) if self.is_relative else (modality.measure, modality.higher_is_better)
+        return [Row.of(scores, self.name, measure[0], self.spec.baseline, measure[1], self.seed)]
 
     def _check(self) -> None:
         model, task = self.model, self.spec
@@ -131,7 +127,7 @@ class Predict(Task):
             )
 
     def _score(self, batch: Batch, result: Reconstruction, blind: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the sums of the model and of the baseline over the positions that the encoder did not see."""
+        """Return what each sample adds, (B, S), over the positions that the encoder did not see: model and baseline."""
         model, task, name = self.model, self.spec, self.modality
         modality, tokens = model.modalities[name], result.tokens[name]
         is_asked = torch.ones(tokens.values.shape[:2], dtype=torch.bool, device=model.device)
@@ -158,7 +154,14 @@ class Predict(Task):
             assert self.average is not None, "`fit` comes first"
             guess = signal(constant(self.average, task.baseline == "average_map", tokens))
         truth, weight = signal(tokens.values), model.spread(name, is_asked, tokens, size)
-        return modality.score(result.predicted[task.target], truth, weight), modality.score(guess, truth, weight)
+        own, theirs = (_each(modality, x, truth, weight) for x in (result.predicted[task.target], guess))
+        return own, theirs
+
+
+def _each(modality: Modality, predicted: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
+    """Return the modality's sums of each sample, (B, S)."""
+    cuts = (x.split(1) for x in (predicted, truth, weight))
+    return torch.stack([modality.score(*sample) for sample in zip(*cuts, strict=True)])
 
 
 def predictors(model: M3Model) -> list[Predictor]:
@@ -184,16 +187,16 @@ def _relative_errors(
     result: Reconstruction,
     is_visible: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Sum squared errors of normalised patches, and of the baseline in their place, with their number.
+    """Sum squared errors of each sample's normalised patches, and of the baseline in their place: (B, 2), with counts.
 
     The baseline is 0, the patch's mean, or the target of the nearest of the tokens in `is_visible` (B, N).
     """
     predictor = next(p for p in predictors(model) if target in p.modality_of)
     wanted = predictor.truth(target, tokens)
     guess = torch.zeros_like(wanted) if is_visible is None else repeated(tokens, wanted, is_visible)
-    count = is_asked.sum()
+    count = is_asked.sum(1)
     sums = []
     for predicted in (result.output[target].float(), guess):
         errors = (predicted - wanted).square().mean(-1)
-        sums.append(torch.stack([(errors * is_asked).sum(), count]).double())
+        sums.append(torch.stack([(errors * is_asked).sum(1), count], 1))
     return sums[0], sums[1]

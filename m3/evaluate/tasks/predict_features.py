@@ -5,12 +5,11 @@ Letters: B batch, N tokens of a modality, T targets, D width.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from m3.errors import M3Error, nearest
+from m3.evaluate.bootstrap import Tally, ratio
 from m3.evaluate.task import Row, Task
 from m3.model import M3Model
 from m3.network import Prepared
@@ -71,24 +70,27 @@ class PredictFeatures(Task):
         prepared, part = self._prepare(batch), self.objective
         means = {name: (sums / counts.clamp(min=1)).float() for name, (sums, counts) in self._places.items()}
         encoded = self.model.encode_views(prepared, part.views)
+        sums = torch.zeros(2, len(batch), 2, device=self.model.device)  # who, sample, sum and count
         for name, index, guess, answer, is_target in part.predictions(encoded, prepared.tokens):
-            for who, values in (("model", guess), ("average map", means[name][index])):
-                self._sums[who] = self._sums[who] + torch.stack(part.loss(values, answer, is_target)).double()
+            for number, values in enumerate((guess, means[name][index])):
+                for i in range(len(batch)):
+                    one = slice(i, i + 1)
+                    found = part.loss(values[one], answer[one], None if is_target is None else is_target[one])
+                    sums[number, i] += torch.stack(found)
+        self._tally.add(batch.keys, *sums)
 
     def rows(self) -> list[Row]:
         """Return one row."""
-        sums = self._sums
+        scores = self._tally.scores(ratio)
         self._begin()
-        own, theirs = (x if isinstance(x, Tensor) else torch.zeros(2) for x in (sums["model"], sums["average map"]))
-        if not own[1]:
+        if scores is None or not scores.own[:, 1].sum():
             return []
         kind = self.objective.spec.loss.replace("_", " ")
-        figures = (float(own[0] / own[1]), float(theirs[0] / theirs[1]))
-        return [Row(self.name, f"{kind} of features", *figures, "average_map", higher_is_better=False)]
+        return [Row.of(scores, self.name, f"{kind} of features", "average_map", False, self.seed)]
 
     def _prepare(self, batch: Batch) -> Prepared:
         return self.model.prepare(batch, self.seed)
 
     def _begin(self) -> None:
         self._places: dict[str, tuple[Tensor, Tensor]] = {}
-        self._sums: dict[str, Any] = {"model": 0.0, "average map": 0.0}
+        self._tally = Tally()

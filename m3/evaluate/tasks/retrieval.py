@@ -13,6 +13,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor
 
 from m3.errors import M3Error, nearest
+from m3.evaluate.bootstrap import of_hits
 from m3.evaluate.task import Row, Task
 from m3.model import M3Model
 from m3.plugins import Embedder, Strict
@@ -57,6 +58,7 @@ class Retrieval(Task):
         self.counts = (spec.k,) if isinstance(spec.k, int) else spec.k
         self._vectors: dict[str, list[Tensor]] = {}
         self._contents: dict[str, list[bytes]] = {}
+        self._keys: dict[str, list[Tensor]] = {}
 
     def add(self, batch: Batch) -> None:
         """Keep the vectors of held-out samples."""
@@ -64,6 +66,7 @@ class Retrieval(Task):
         tokens = self.model.tokenise(batch) if self.spec.ties == "any" else {}
         for side, vectors in found.items():
             self._vectors.setdefault(side, []).append(vectors)
+            self._keys.setdefault(side, []).append(batch.keys.cpu())
             if tokens:
                 own = [tokens[name] for name in self.embedder.side_views[side].modalities if name in tokens]
                 self._contents.setdefault(side, []).extend(_contents(own))
@@ -72,7 +75,8 @@ class Retrieval(Task):
         """Return one row per direction and k."""
         vectors = {side: torch.cat(parts).float() for side, parts in self._vectors.items()}
         contents = {side: _numbered(content, vectors[side].device) for side, content in self._contents.items()}
-        self._vectors, self._contents = {}, {}
+        keys = {side: torch.cat(parts) for side, parts in self._keys.items()}
+        self._vectors, self._contents, self._keys = {}, {}, {}
         rows = []
         for a, b in (pair for pair in self.pairs if pair[0] in vectors and pair[1] in vectors):
             is_there = ~(vectors[a].isnan() | vectors[b].isnan()).any(1)
@@ -80,16 +84,19 @@ class Retrieval(Task):
             same = [contents[side][is_there] for side in (a, b)] if contents else []
             for queries, candidates in ((a, b), (b, a)) if int(is_there.sum()) else ():
                 for k in self.counts:
-                    found, chance = recall(both[queries], both[candidates], k, same)
+                    hits, chance = (x.cpu() for x in recall(both[queries], both[candidates], k, same))
+                    scores = of_hits(keys[a][is_there.cpu()], hits, chance)
                     title = f"{self.name}, {queries} to {candidates}" + (f" @{k}" if len(self.counts) > 1 else "")
                     measure = f"recall@{k} of {len(both[a])}"
-                    rows.append(Row(title, measure, found, chance, "chance", higher_is_better=True))
+                    rows.append(Row.of(scores, title, measure, "chance", True, self.seed))
         return rows
 
 
 @torch.no_grad()
-def recall(queries: Tensor, candidates: Tensor, k: int, same: list[Tensor] | None = None) -> tuple[float, float]:
-    """Return recall@k and what chance reaches, both in [0, 1].
+def recall(queries: Tensor, candidates: Tensor, k: int, same: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Return of each query (N,), in [0, 1], whether it finds a right candidate and how likely chance does.
+
+    Their means are recall@k and that of chance.
 
     Args:
         queries: (N, E) unit vectors.
@@ -112,7 +119,7 @@ def recall(queries: Tensor, candidates: Tensor, k: int, same: list[Tensor] | Non
         wrong_level = ((likeness == best) & ~is_right).sum(1)
         hits.append(_hit(k - above, right_level, right_level + wrong_level))
         chances.append(_hit(torch.full_like(above, k), is_right.sum(1), torch.full_like(above, total)))
-    return float(torch.cat(hits).mean()), float(torch.cat(chances).mean())
+    return torch.cat(hits), torch.cat(chances)
 
 
 def _hit(drawn: Tensor, right: Tensor, total: Tensor) -> Tensor:

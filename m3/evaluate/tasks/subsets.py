@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from m3.errors import M3Error
-from m3.evaluate.bootstrap import interval
+from m3.evaluate.bootstrap import of_hits
 from m3.evaluate.features import FeatureSpec, check_features, encoded, only
-from m3.evaluate.task import Row, Task
+from m3.evaluate.task import Row, Task, check_classes
 from m3.evaluate.tasks.probe import best_strength, classify
 from m3.model import M3Model
 from m3.types import Batch
@@ -72,7 +72,7 @@ class Subsets(Task):
 
     def rows(self) -> list[Row]:
         """Fit the probes and return the rows."""
-        features, labels = self._features, self._labels
+        features, labels, keys = self._features, self._labels, self._keys
         self._begin()
         if empty := next((split for split, parts in labels.items() if not parts), None):
             raise M3Error(
@@ -80,8 +80,10 @@ class Subsets(Task):
                 f"{', '.join(self.inputs)}; name other inputs."
             )
         known, truth = (torch.cat(labels[split]).numpy() for split in ("train", "held_out"))
+        place = f"evaluate.tasks.{self.name}"
+        self.remark = check_classes(place, self.spec.label, set(known.tolist()), set(truth.tolist()))
         x = {split: {s: torch.cat(parts).numpy() for s, parts in kept.items()} for split, kept in features.items()}
-        majority = (truth == np.bincount(known).argmax()).astype(float)
+        majority = truth == np.bincount(known).argmax()
         full = x["train"][self.inputs]
         strength = best_strength(full, known, "logistic")
         everything = np.concatenate([x["held_out"][subset] for subset in self.subsets])
@@ -91,28 +93,24 @@ class Subsets(Task):
         for subset, guessed in zip(self.subsets, guesses, strict=True):
             own_strength = best_strength(x["train"][subset], known, "logistic")
             own = classify(x["train"][subset], known, x["held_out"][subset], "logistic", own_strength) == truth
-            right = (guessed == truth).astype(float)
+            right = guessed == truth
             self.matrix[subset] = (float(right.mean()), float(own.mean()))
             if len(subset) in (1, len(self.inputs) - 1, len(self.inputs)):
-                rows.append(self._row(subset, right, majority, float(own.mean())))
+                rows.append(self._row(subset, torch.cat(keys), (right, majority), float(own.mean())))
         rows[-1].notes["every subset: probe of all inputs, own probe"] = {
             " + ".join(subset): found for subset, found in self.matrix.items()
         }
         return rows
 
-    def _row(self, subset: Subset, right: np.ndarray, majority: np.ndarray, own: float) -> Row:
+    def _row(self, subset: Subset, keys: Tensor, hits: tuple[np.ndarray, np.ndarray], own: float) -> Row:
+        """Make a row of the hits (m,) of the probe of all inputs and of the most frequent class."""
         missing = [name for name in self.inputs if name not in subset]
         what = " + ".join(subset) if len(subset) == 1 else f"all but {missing[0]}" if missing else "all"
-        return Row(
-            f"{self.name}, {what}",
-            f"accuracy of {self.spec.label}",
-            float(right.mean()),
-            float(majority.mean()),
-            "majority",
-            higher_is_better=True,
-            interval=interval(right, self.seed),
-            difference=interval(right - majority, self.seed),
-            notes={"fitted on": "all inputs", "fitted on this subset": own},
+        scores = of_hits(keys, *(torch.from_numpy(x) for x in hits))
+        notes = {"fitted on": "all inputs", "fitted on this subset": own}
+        notes |= {"remark": self.remark} if self.remark else {}
+        return Row.of(
+            scores, f"{self.name}, {what}", f"accuracy of {self.spec.label}", "majority", True, self.seed, notes
         )
 
     def figures(self) -> dict[str, Figure]:
@@ -144,6 +142,7 @@ class Subsets(Task):
     def _begin(self) -> None:
         self._features: dict[str, dict[Subset, list[Tensor]]] = {"train": {}, "held_out": {}}
         self._labels: dict[str, list[Tensor]] = {"train": [], "held_out": []}
+        self._keys: list[Tensor] = []
 
     @torch.no_grad()
     def _keep(self, batch: Batch, split: str) -> None:
@@ -157,6 +156,8 @@ class Subsets(Task):
         if not is_kept.any():
             return
         self._labels[split].append(label.cpu()[is_kept])
+        if split == "held_out":
+            self._keys.append(batch.keys.cpu()[is_kept])
         for subset in self.subsets:
             features, _ = encoded(self.model, only(batch, subset), self.spec)
             self._features[split].setdefault(subset, []).append(features[is_kept])

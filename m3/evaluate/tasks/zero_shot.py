@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from m3.errors import M3Error, nearest
+from m3.evaluate.bootstrap import of_hits
 from m3.evaluate.task import Row, Task
 from m3.evaluate.tasks.retrieval import embedder_of
 from m3.model import M3Model
@@ -59,6 +60,7 @@ class ZeroShot(Task):
         self._classes: Tensor | None = None
         self._guesses: list[Tensor] = []
         self._truths: list[Tensor] = []
+        self._keys: list[Tensor] = []
 
     def add(self, batch: Batch) -> None:
         """Guess the classes of held-out samples; those without a label or the side don't count."""
@@ -72,16 +74,22 @@ class ZeroShot(Task):
         counts = (batch.labels[label] >= 0) & ~vectors.isnan().any(1)
         self._guesses.append((vectors @ self._classes.T).argmax(1)[counts])
         self._truths.append(batch.labels[label][counts])
+        self._keys.append(batch.keys[counts])
 
     def rows(self) -> list[Row]:
         """Return one row."""
-        guesses, truths = (torch.cat(x) if x else torch.empty(0) for x in (self._guesses, self._truths))
-        self._classes, self._guesses, self._truths = None, [], []
+        kept = (self._guesses, self._truths, self._keys)
+        guesses, truths, keys = (torch.cat(x).cpu() if x else torch.empty(0, dtype=torch.int64) for x in kept)
+        self._classes, self._guesses, self._truths, self._keys = None, [], [], []
         if not len(truths):
             return []
-        majority = float(truths.bincount().max() / len(truths))
-        share = float((guesses == truths).float().mean())
-        return [Row(self.name, f"accuracy of {len(self.class_names)}", share, majority, "majority", True)]
+        if (most := int(truths.max())) >= len(self.class_names):
+            raise M3Error(
+                f"evaluate.tasks.{self.name}.classes: a sample has class {most} of `{self.spec.label}`, but "
+                f"{len(self.class_names)} classes are named (0 to {len(self.class_names) - 1}); name them all."
+            )
+        scores = of_hits(keys, guesses == truths, truths == truths.bincount().argmax())
+        return [Row.of(scores, self.name, f"accuracy of {len(self.class_names)}", "majority", True, self.seed)]
 
     def _class_vectors(self) -> Tensor:
         """Return (K, E) unit vectors: the mean over templates, on the sphere again."""
