@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -30,13 +33,18 @@ class Average:
         for own, parameter in zip(self.weights, model.parameters(), strict=True):
             own.lerp_(parameter.detach().float(), share)
 
-    @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights and the average; a second call undoes it."""
-        for own, parameter in zip(self.weights, model.parameters(), strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(own)
-            own.copy_(kept)
+    @contextmanager
+    def lent_to(self, model: nn.Module) -> Iterator[None]:
+        """Let the model have the average for as long as the context lasts, then its own weights again to the bit.
+
+        The average stays where it is, since it is also the teacher of objectives that have one.
+        """
+        kept = [parameter.detach().clone() for parameter in model.parameters()]
+        _put(self.weights, model)
+        try:
+            yield
+        finally:
+            _put(kept, model)
 
     def named(self, model: nn.Module) -> dict[str, Tensor]:
         """Return name of a parameter -> its average, the tensors themselves."""
@@ -50,6 +58,12 @@ class Average:
         """Take an average from a checkpoint."""
         for i, weight in enumerate(self.weights):
             weight.copy_(state[str(i)])
+
+
+@torch.no_grad()
+def _put(weights: list[Tensor], model: nn.Module) -> None:
+    for weight, parameter in zip(weights, model.parameters(), strict=True):
+        parameter.copy_(weight)
 
 
 def teacher_of(model: Network, average: Average | None) -> dict[str, Tensor] | None:

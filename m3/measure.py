@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from m3.data.loader import Samples
 from m3.data.source import open_source
 from m3.errors import M3Error
 from m3.evaluate.task import Row, build_tasks
@@ -25,8 +24,6 @@ from m3.show import metrics_table
 
 OURS = ("data", "evaluate", "seed")
 """Sections of a recipe that measuring may change; the rest belongs to the model."""
-AS_THEY_ARE = {"augment": {}, "mixup": None, "crop": None, "flip": 0.0, "drop": 0.0, "repeats": 1, "bucket": None}
-"""What training does to samples and probes should not see."""
 
 
 def measure(path: str, overrides: list[str], tasks: list[str], data: str | None, out: Path | None) -> list[Row]:
@@ -45,6 +42,10 @@ def measure(path: str, overrides: list[str], tasks: list[str], data: str | None,
     console = Console()
     model, _ = open_model(path)
     recipe = _recipe(Path(path), model, overrides, tasks, data)
+    measured = path
+    if recipe.evaluate.weights == "ema" and (Path(path) / "model_ema").is_dir():  # the folder of a run
+        measured = str(Path(path) / "model_ema")
+        model, _ = open_model(measured)
     parts = build_tasks(recipe.evaluate.tasks, model, recipe.seed)
     if not parts:
         raise M3Error("eval: nothing to measure; give e.g. --task spread, or --task knn:LABEL.")
@@ -56,15 +57,14 @@ def measure(path: str, overrides: list[str], tasks: list[str], data: str | None,
             f"eval: no sample of {len(source)} is held out (at most a tenth is, by data.held_out); give more data or a "
             f"manifest with a column `split`."
         )
-    train = Samples(source, model.modalities, recipe.data.model_copy(update=AS_THEY_ARE), recipe.seed)
     skipped = Skipped(console, "samples", len(source), recipe.data.max_unreadable)
     folder = out or _home(Path(path)) / "eval"
-    measuring = HeldOut(recipe, model, parts, train, held_out, skipped, console, Lines(folder / METRICS, console))
+    measuring = HeldOut(recipe, model, parts, source, held_out, skipped, console, Lines(folder / METRICS, console))
     rows = measuring.measure()
     assert rows, "held-out samples and tasks give rows"
     console.print(metrics_table(rows))
     facts = {
-        "model": path,
+        "model": measured,
         "data": f"{recipe.data.source} {recipe.data.root or ''}".strip(),
         "samples": f"{min(len(held_out), recipe.evaluate.samples)} held out, "
         f"{min(len(source), recipe.evaluate.fit_samples)} training samples to learn from",

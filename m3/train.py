@@ -109,7 +109,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     skipped = Skipped(console, "samples", length, recipe.data.max_unreadable)
     unseen = open_source(recipe, raw_model, "held_out")
     metrics = Lines(run / METRICS, console)
-    held_out = HeldOut(recipe, plain_model, tasks, samples, unseen, skipped, console, metrics)
+    held_out = HeldOut(recipe, plain_model, tasks, source, unseen, skipped, console, metrics)
 
     # ------------------------------------------------------------------------------------ where to start
     facts = facts_of(recipe, raw_model, plan, len(source))
@@ -171,7 +171,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                     health(line, values)
             reported = time.perf_counter()
             if recipe.evaluate.every and done % recipe.evaluate.every == 0 and done < plan.steps:
-                saver.measured(evaluate(accelerator, model, held_out, done), done)
+                saver.measured(evaluate(accelerator, model, held_out, average, done), done)
             if saver.is_due(done) or guard.is_stopping:
                 guard.settle(is_all=True, is_end=done == plan.steps)
                 saver.save(done, is_needed=done == plan.steps or guard.is_stopping)
@@ -180,7 +180,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
                 raise Preempted(f"{recipe.name} was asked to stop and is saved at step {done}; go on with --resume.")
 
     # --------------------------------------------------------------------------------------------- finish
-    rows = evaluate(accelerator, model, held_out, plan.steps, "preview.png")
+    rows = evaluate(accelerator, model, held_out, average, plan.steps, "preview.png")
     if accelerator.is_main_process:
         save_model(recipe, plain_model, average, plan.steps)
         held_out.conclude(rows, console)
@@ -330,7 +330,12 @@ def whole_model(accelerator: Accelerator, recipe: Recipe, model: M3Model) -> M3M
 
 
 def evaluate(
-    accelerator: Accelerator, model: nn.Module, held_out: HeldOut, step: int, picture: str | None = None
+    accelerator: Accelerator,
+    model: nn.Module,
+    held_out: HeldOut,
+    average: Average | None,
+    step: int,
+    picture: str | None = None,
 ) -> list[Row]:
     """Measure on held-out samples and show the trackers what came out; the first process does, others return nothing.
 
@@ -338,6 +343,7 @@ def evaluate(
         accelerator: with the trackers.
         model: the trained one; every process must take part where it is cut up.
         held_out: what is measured.
+        average: of the weights; None: the run keeps none.
         step: steps that are done.
         picture: as in `HeldOut.evaluate`.
     """
@@ -347,7 +353,7 @@ def evaluate(
             held_out.model.load_state_dict(weights)
     if not accelerator.is_main_process:
         return []
-    rows = held_out.evaluate(step, picture)
+    rows = held_out.evaluate(step, average, picture)
     accelerator.log({f"{HELD_OUT}{row.task}": row.model for row in rows}, step=step)
     able = [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]
     pictures = {name: picture_of(drawn) for name, drawn in held_out.pictures().items()} if able else {}

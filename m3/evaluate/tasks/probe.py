@@ -87,7 +87,10 @@ def classify(train: np.ndarray, labels: np.ndarray, others: np.ndarray, kind: st
 
     if len(np.unique(labels)) == 1:
         return np.full(len(others), labels[0])
-    linear = LogisticRegression(C=strength, max_iter=1000) if kind == "logistic" else LinearSVC(C=strength, dual="auto")
+    # Where it draws, it must not draw from numpy's common generator: measuring would change the training that follows.
+    linear: Any = LogisticRegression(C=strength, max_iter=1000)
+    if kind == "svm":
+        linear = LinearSVC(C=strength, dual="auto", random_state=0)
     return make_pipeline(StandardScaler(), linear).fit(train, labels).predict(others)
 
 
