@@ -259,7 +259,7 @@ class EvaluateSpec(Strict):
         fit_samples: training samples that baselines and probes are fitted on.
         tasks: name -> what is measured; `type: predict` where it has none.
         preview_rows: samples in the picture.
-        weights: which are measured: the `model`'s, or their average (`train.ema`), which is then saved with the figures.
+        weights: which are measured: the `model`'s, or their average (`train.ema`), beside which the figures are saved.
             Only features that a teacher gives come from the average either way.
     """
 

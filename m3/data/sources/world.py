@@ -32,6 +32,8 @@ class Options(Strict):
         sound_rate: samples of sound per second.
         points: of a cloud.
         objects: `all` of a scene, or of each scene only the `main` one, with the most pixels.
+        text: a `caption`, or a `question` about colour or shape of the main object or the number of objects; a
+            modality of type `answers` then gets the answer.
     """
 
     frames: PositiveInt = USUAL.frames
@@ -39,6 +41,7 @@ class Options(Strict):
     sound_rate: PositiveInt = USUAL.sound_rate
     points: PositiveInt = USUAL.points
     objects: Literal["all", "main"] = "all"
+    text: Literal["caption", "question"] = "caption"
 
 
 class World(Source):
@@ -47,10 +50,15 @@ class World(Source):
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
         options = read_settings(Options, spec.options, "data.options")
-        offer = Offer(**options.model_dump(exclude={"objects"}), is_alone=options.objects == "main")
+        chosen = {"is_alone": options.objects == "main", "is_asked": options.text == "question"}
+        offer = Offer(**options.model_dump(exclude={"objects", "text"}), **chosen)
         self.types = {name: part.reads or type_name(type(part).__name__) for name, part in modalities.items()}
         for name, kind in self.types.items():
-            if kind not in WorldSource.SIGNALS:
+            if kind == "answers" and not offer.is_asked:
+                raise M3Error(
+                    f"modalities.{name}: the world answers only what it asks; set data.options.text=question."
+                )
+            if kind not in (*WorldSource.SIGNALS, "answers"):
                 raise M3Error(
                     f"modalities.{name}: the world makes no `{kind}`; it offers {', '.join(WorldSource.SIGNALS)}. "
                     f"Use another data.source."
