@@ -30,7 +30,7 @@ class Answers(Label):
     has only such answers is one that nobody can get right.
     """
 
-    class Spec(Strict):
+    class Spec(Strict):  # type: ignore[reportIncompatibleVariableOverride]  # always several, of no label
         """Settings of `type: answers`.
 
         Attributes:
