@@ -64,7 +64,8 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
         if "swap" in objective:
             objective["swap"]["group"] = 2
     if recipe.data.root is None and recipe.data.source in NEED_ROOT:
-        settings["data"] = {"source": "world"}
+        kinds = {entry["type"] for entry in settings["modalities"].values()}
+        settings["data"] = {"source": "world", "options": {"text": "question"} if "answers" in kinds else {}}
         settings["modalities"] = {n: _of_the_world(entry) for n, entry in settings["modalities"].items()}
     settings["data"] |= {"samples": 4 * SAMPLES, "held_out": SAMPLES, "workers": 0}
     settings["train"].pop("epochs", None)

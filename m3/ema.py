@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from typing import Any
 
@@ -40,13 +41,18 @@ class Average:
         for own, parameter in zip(self.weights, model.parameters(), strict=True):
             own_part(own).lerp_(own_part(parameter.detach()).float(), share)
 
-    @torch.no_grad()
-    def swap(self, model: nn.Module) -> None:
-        """Exchange the model's weights and the average; a second call undoes it."""
-        for own, parameter in zip(self.weights, model.parameters(), strict=True):
-            kept = parameter.detach().clone()
-            parameter.copy_(own)
-            own.copy_(kept)
+    @contextmanager
+    def lent_to(self, model: nn.Module) -> Iterator[None]:
+        """Let the model have the average for as long as the context lasts, then its own weights again to the bit.
+
+        The average stays where it is, since it is also the teacher of objectives that have one.
+        """
+        kept = [parameter.detach().clone() for parameter in model.parameters()]
+        _put(self.weights, model)
+        try:
+            yield
+        finally:
+            _put(kept, model)
 
     def whole(self) -> Average:
         """Return the average at the first process, put together where it is cut up; all must call it, none keeps it."""
@@ -67,6 +73,12 @@ class Average:
         """Take an average from a checkpoint."""
         for i, weight in enumerate(self.weights):
             fill(weight, state[str(i)])
+
+
+@torch.no_grad()
+def _put(weights: list[Tensor], model: nn.Module) -> None:
+    for weight, parameter in zip(weights, model.parameters(), strict=True):
+        parameter.copy_(weight)
 
 
 def teacher_of(model: Network, average: Average | None, build: Callable[[], Network], precision: Any = None) -> Teacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from rich.console import Console
 
 from m3.data.loader import Samples, first_batches
 from m3.data.source import Source
+from m3.ema import Average
 from m3.evaluate.attention_maps import attention_figures
 from m3.evaluate.codebook import measure_codes
 from m3.evaluate.task import Row, Task
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 BATCH = 32
+AS_THEY_ARE = {"augment": {}, "mixup": None, "crop": None, "flip": 0.0, "drop": 0.0, "repeats": 1, "bucket": None}
+"""What training does to samples, and probes and baselines should not see."""
 
 
 class HeldOut:
@@ -36,8 +40,8 @@ class HeldOut:
         recipe: Recipe,
         model: M3Model,
         tasks: list[Task],
-        train: Samples,
-        source: Source,
+        train: Source,
+        unseen: Source,
         skipped: Skipped,
         console: Console,
         metrics: Lines,
@@ -48,22 +52,23 @@ class HeldOut:
             recipe: of the run.
             model: the plain model.
             tasks: what is measured.
-            train: training samples, for baselines and probes.
-            source: the held-out split.
+            train: the training split, for baselines and probes.
+            unseen: the held-out split.
             skipped: counter of unreadable training samples.
             console: where to say what is missing.
             metrics: where a line is written after each.
         """
         self.metrics = metrics
         self.recipe, self.model, self.tasks = recipe, model, tasks
-        self.train, self.train_skipped = train, skipped
-        self.samples, self.skipped = train, skipped
+        plain = recipe.data.model_copy(update=AS_THEY_ARE)
+        self.train, self.train_skipped = Samples(train, model.modalities, plain, recipe.seed), skipped
+        self.samples, self.skipped = self.train, skipped
         self.has_picture = bool(predictors(model))
         self.drawn: Path | None = None
-        self.is_there = len(source) > 0
+        self.is_there = len(unseen) > 0
         if self.is_there:
-            self.samples = Samples(source, model.modalities, recipe.data, recipe.seed)
-            self.skipped = Skipped(console, "held-out samples", len(source), recipe.data.max_unreadable)
+            self.samples = Samples(unseen, model.modalities, recipe.data, recipe.seed)
+            self.skipped = Skipped(console, "held-out samples", len(unseen), recipe.data.max_unreadable)
             return
         why = "at most a tenth of the data is held out" if recipe.data.held_out else "data.held_out is 0"
         console.print(
@@ -71,13 +76,18 @@ class HeldOut:
             soft_wrap=True,
         )
 
-    def evaluate(self, step: int, picture: str | None = None) -> list[Row]:
+    def evaluate(self, step: int, average: Average | None = None, picture: str | None = None) -> list[Row]:
         """Measure the recipe's tasks, append a line of metrics and draw the picture; runs in one process.
 
         Args:
             step: steps that are done.
+            average: of the weights, which is measured instead of them where the recipe says so; None: there is none.
             picture: its name in the run folder; None: after the step, in `previews`.
         """
+        with average.lent_to(self.model) if average and self.is_of_average else nullcontext():
+            return self._evaluate(step, picture)
+
+    def _evaluate(self, step: int, picture: str | None) -> list[Row]:
         self.model.eval()
         rows = self.measure()
         if rows:
@@ -137,12 +147,18 @@ class HeldOut:
         drawn: dict[str, Figure | Path] = {"predictions": self.drawn} if self.drawn and self.drawn.is_file() else {}
         return drawn | self.figures()
 
+    @property
+    def is_of_average(self) -> bool:
+        """True when the average of the weights is measured."""
+        return self.recipe.evaluate.weights == "ema"
+
     def conclude(self, rows: list[Row], console: Console) -> None:
         """Print what there is to see at the end of a run."""
         run = self.recipe.folder
+        model = run / ("model_ema" if self.is_of_average else "model")
         if rows:
             console.print(metrics_table(rows))
-            self.model.describe(run / "model", metrics=[row.facts() for row in rows])
+            self.model.describe(model, metrics=[row.facts() for row in rows])
             self._report(rows)
         for skipped in {id(s): s for s in (self.train_skipped, self.skipped)}.values():
             skipped.report()
@@ -151,8 +167,8 @@ class HeldOut:
         report = f"    report: {run / 'report.html'}" if rows else ""
         console.print(
             f"{picture}: {run / 'metrics.jsonl'}{report}\nLoad it:\n"
-            f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{run / "model"}")\n'
-            f'  processor = M3Processor.from_pretrained("{run / "model"}")',
+            f'  from m3 import M3Model, M3Processor\n  model = M3Model.from_pretrained("{model}")\n'
+            f'  processor = M3Processor.from_pretrained("{model}")',
             highlight=False,
             soft_wrap=True,
         )
@@ -170,5 +186,7 @@ class HeldOut:
             "parameters": f"{count_parameters(self.model) / 1e6:.2f} M",
             "training time": duration(read_lines(run)[-1].seconds),
         }
+        if self.is_of_average:
+            facts["weights"] = "the average (train.ema)"
         pictures |= self.figures() | self.attention()
         Report(f"{recipe.name}: held-out samples", facts, rows, pictures, dump_recipe(recipe)).write(run)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from rich.console import Console
 
-from m3.data.loader import Samples
 from m3.data.source import open_source
 from m3.errors import M3Error
 from m3.evaluate.task import Row, Task, build_tasks
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
 OURS = ("data", "evaluate", "seed")
 """Sections of a recipe that measuring may change; the rest belongs to the model."""
-AS_THEY_ARE = {"augment": {}, "mixup": None, "crop": None, "flip": 0.0, "drop": 0.0, "repeats": 1, "bucket": None}
-"""What training does to samples and probes should not see."""
 
 
 def measure(path: str, overrides: list[str], tasks: list[str], data: str | None, out: Path | None) -> list[Row]:
@@ -46,7 +43,7 @@ def measure(path: str, overrides: list[str], tasks: list[str], data: str | None,
         M3Error: no such model, a task or data that don't suit it, or nothing held out.
     """
     console = Console()
-    model, _ = open_model(path)
+    measured, model = open_measured(path, overrides)
     recipe = measuring_recipe(Path(path), model, overrides, tasks, data)
     parts = build_tasks(recipe.evaluate.tasks, model, recipe.seed)
     if not parts:
@@ -57,7 +54,7 @@ def measure(path: str, overrides: list[str], tasks: list[str], data: str | None,
     assert rows, "held-out samples and tasks give rows"
     console.print(metrics_table(rows))
     facts = {
-        "model": path,
+        "model": measured,
         **facts_of(measuring),
     }
     measuring.draw(folder / "preview.png")
@@ -66,6 +63,19 @@ def measure(path: str, overrides: list[str], tasks: list[str], data: str | None,
     report = Report(f"{name_of(path)} on held-out samples", facts, rows, pictures, settings_of(recipe))
     console.print(f"Report: {report.write(folder)}", highlight=False, soft_wrap=True)
     return rows
+
+
+def open_measured(path: str, overrides: list[str]) -> tuple[str, M3Model]:
+    """Open a model; of a run whose recipe measures averaged weights (`evaluate.weights: ema`), the one that has them.
+
+    Returns:
+        Its folder, or Hub id, and the model.
+    """
+    model, _ = open_model(path)
+    averaged, wanted = Path(path) / "model_ema", [text for text in overrides if text.startswith("evaluate.weights=")]
+    if averaged.is_dir() and measuring_recipe(Path(path), model, wanted, [], None).evaluate.weights == "ema":
+        return str(averaged), open_model(str(averaged))[0]
+    return path, model
 
 
 def hold_out(recipe: Recipe, model: M3Model, tasks: list[Task], folder: Path, console: Console) -> HeldOut:
@@ -81,9 +91,8 @@ def hold_out(recipe: Recipe, model: M3Model, tasks: list[Task], folder: Path, co
             f"no sample of {len(source)} is held out (at most a tenth is, by data.held_out); give more data or a "
             f"manifest with a column `split`."
         )
-    train = Samples(source, model.modalities, data.model_copy(update=AS_THEY_ARE), seed)
     skipped = Skipped(console, "samples", len(source), data.max_unreadable)
-    return HeldOut(recipe, model, tasks, train, held_out, skipped, console, Lines(folder / METRICS, console))
+    return HeldOut(recipe, model, tasks, source, held_out, skipped, console, Lines(folder / METRICS, console))
 
 
 def facts_of(measuring: HeldOut) -> dict[str, str]:

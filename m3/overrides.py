@@ -36,10 +36,19 @@ def with_overrides(settings: dict[str, Any], overrides: list[str] | tuple[str, .
         except yaml.YAMLError as error:
             raise M3Error(f"`{override}`: the value is not readable as YAML; write it as in a recipe.") from error
         *parents, last = path.split(".")
+        if value == {} and _at(settings, path):
+            raise M3Error(f"`{override}` changes nothing, since settings are merged; write `{path}=` to empty it.")
         change: dict[str, Any] = {last: value}
         for key in reversed(parents):
             change = {key: change}
         settings = merge(settings, change)
+    return settings
+
+
+def _at(settings: Any, path: str) -> Any:
+    """Return what stands at a path of settings; None: nothing."""
+    for key in path.split("."):
+        settings = settings.get(key) if isinstance(settings, dict) else None
     return settings
 
 

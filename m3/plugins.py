@@ -69,6 +69,9 @@ class Modality(ABC):
     is_inline: ClassVar[bool] = False
     """True where a manifest may hold the sample itself (a sentence) instead of a path."""
 
+    is_structured: ClassVar[bool] = False
+    """True where a manifest in .jsonl may hold the sample as a list or an object of JSON."""
+
     reads: str = ""
     """Type of the signal that a source gives it, where that is not its own: features are made of images."""
 

@@ -262,6 +262,8 @@ class EvaluateSpec(Strict):
         fit_samples: training samples that baselines and probes are fitted on.
         tasks: name -> what is measured; `type: predict` where it has none.
         preview_rows: samples in the picture.
+        weights: which are measured: the `model`'s, or their average (`train.ema`), beside which the figures are saved.
+            Only features that a teacher gives come from the average either way.
     """
 
     every: PositiveInt | None = None
@@ -269,6 +271,7 @@ class EvaluateSpec(Strict):
     fit_samples: PositiveInt = 512
     tasks: dict[str, dict[str, Any]] = Field(default={})
     preview_rows: PositiveInt = 6
+    weights: Literal["model", "ema"] = "model"
 
 
 class Recipe(Strict):
@@ -304,6 +307,12 @@ class Recipe(Strict):
     def _best_is_measured(self) -> Recipe:
         if self.train.keep_best and not self.evaluate.every:
             raise ValueError("`train.keep_best` needs measures during the run; set `evaluate.every`")
+        return self
+
+    @model_validator(mode="after")
+    def _average_is_there(self) -> Recipe:
+        if self.evaluate.weights == "ema" and not self.train.ema:
+            raise ValueError("`evaluate.weights: ema` measures an average, and the run keeps none; set `train.ema`")
         return self
 
     @property

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -344,11 +345,7 @@ def save_model(recipe: Recipe, model: M3Model, average: Average | None, steps: i
     copies = {"model": None} if average is None else {"model": None, "model_ema": average}
     for name, weights in copies.items():
         folder = recipe.folder / name
-        if weights:
-            weights.swap(model)
-        with no_progress_bars():
+        with no_progress_bars(), weights.lent_to(model) if weights else nullcontext():
             model.save_pretrained(folder)
         processor.save_pretrained(folder)
         (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        if weights:
-            weights.swap(model)

@@ -17,9 +17,8 @@ from m3.errors import M3Error
 from m3.evaluate.bootstrap import Interval, paired
 from m3.evaluate.task import Row, build_tasks
 from m3.evaluate.tasks.predict import objective_of
-from m3.held_out import HeldOut
-from m3.inputs import open_model
-from m3.measure import AS_THEY_ARE, facts_of, hold_out, measuring_recipe, name_of, settings_of
+from m3.held_out import AS_THEY_ARE, HeldOut
+from m3.measure import facts_of, hold_out, measuring_recipe, name_of, open_measured, settings_of
 from m3.model import M3Model
 from m3.recipe import Recipe
 from m3.report import difference_text, interval_text, table_of, write_page
@@ -70,7 +69,8 @@ def compare_models(
         M3Error: fewer than two models, no task that suits all of them, or samples that are not the same.
     """
     console, names = Console(), _names(paths)
-    models = dict(zip(names, (open_model(path)[0] for path in paths), strict=True))
+    opened = dict(zip(names, (open_measured(path, overrides) for path in paths), strict=True))
+    models = {name: model for name, (_, model) in opened.items()}
     recipe = measuring_recipe(Path(paths[0]), models[names[0]], overrides, tasks, data)
     usual = measuring_recipe(Path(paths[0]), models[names[0]], [], [], None).evaluate.tasks
     # How the first one was trained, mirrored pictures and all, need not suit what the others read.
@@ -90,7 +90,7 @@ def compare_models(
         console.print(note, soft_wrap=True, highlight=False)
     first = held_out[names[0]]
     facts = {
-        "models": ", ".join(f"{name} ({path})" for name, path in zip(names, paths, strict=True)),
+        "models": ", ".join(f"{name} ({path})" for name, (path, _) in opened.items()),
         **facts_of(first),
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -104,7 +104,7 @@ def _run_of(root: Path, revision: str, folder: Path, recipe: str, overrides: lis
         *overrides,
         *fixed,
         f"out={place / 'run'}",
-        "evaluate.tasks={}",
+        "evaluate.tasks=",
     ]
     try:
         ran = subprocess.run(

@@ -109,7 +109,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     skipped = Skipped(console, "samples", length, recipe.data.max_unreadable)
     unseen = open_source(recipe, raw_model, "held_out")
     metrics = Lines(run / METRICS, console)
-    held_out = HeldOut(recipe, plain_model, tasks, samples, unseen, skipped, console, metrics)
+    held_out = HeldOut(recipe, plain_model, tasks, source, unseen, skipped, console, metrics)
 
     # ------------------------------------------------------------------------------------ where to start
     facts = facts_of(recipe, raw_model, plan, len(source))
@@ -347,7 +347,7 @@ def evaluate(
     Args:
         accelerator: with the trackers.
         model: the trained one; every process must take part where it is cut up.
-        average: of its weights.
+        average: of its weights; None: the run keeps none.
         held_out: what is measured.
         step: steps that are done.
         picture: as in `HeldOut.evaluate`.
@@ -356,12 +356,12 @@ def evaluate(
         weights = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
             held_out.model.load_state_dict(weights)
+        average = average.whole() if average else None
         if held_out.model.has_teacher and average:
-            averaged = average.whole()
-            held_out.model.teacher = averaged.named(held_out.model)
+            held_out.model.teacher = average.named(held_out.model)
     if not accelerator.is_main_process:
         return []
-    rows = held_out.evaluate(step, picture)
+    rows = held_out.evaluate(step, average, picture)
     accelerator.log({f"{HELD_OUT}{row.task}": row.model for row in rows}, step=step)
     able = [tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")]
     pictures = {name: picture_of(drawn) for name, drawn in held_out.pictures().items()} if able else {}

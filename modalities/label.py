@@ -83,9 +83,9 @@ class Label(Modality):
                 found, shares = [name for name, _, _ in pairs], [float(share or 1) for _, _, share in pairs]
             numbers = [int(one) for one in found]
         except (TypeError, ValueError) as error:
-            raise M3Error(f"a label must be the number of a class, got {_said(sample)}; correct it.") from error
+            raise M3Error(f"a label must be the number of a class, got {said(sample)}; correct it.") from error
         if [float(one) for one in found] != numbers:
-            raise M3Error(f"a label must be the whole number of a class, got {_said(sample)}; correct it.")
+            raise M3Error(f"a label must be the whole number of a class, got {said(sample)}; correct it.")
         if not several and len(numbers) != 1:
             raise M3Error(f"a label must be one class, got {len(numbers)}; set `several: true` where it may be many.")
         if wrong := [number for number in numbers if not 0 <= number < classes]:
@@ -136,6 +136,6 @@ class Label(Modality):
         return float(sums[0] / sums[1])
 
 
-def _said(sample: Any) -> str:
+def said(sample: Any) -> str:
     """Return a sample in few words on one line."""
     return reprlib.repr(sample) if isinstance(sample, str | int | float | list) else f"{type(sample).__name__}"

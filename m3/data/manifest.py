@@ -97,6 +97,8 @@ def _row(cells: dict[str, Any], path: Path, line: int, number: int, modalities: 
     values: dict[str, Path | str] = {}
     for name, part in modalities.items():
         cell = cells.get(name, "")
+        if part.is_structured and isinstance(cell, list | dict):
+            cell = json.dumps(cell)
         if not isinstance(cell, str):
             raise M3Error(f"{where}: the value of `{name}` must be a string, got {cell!r}.")
         if cell:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, field_validator
 from torch import Tensor
 
+from m3.backbone import BackboneSpec
 from m3.errors import M3Error, nearest
 from m3.evaluate.bootstrap import of_hits
 from m3.evaluate.task import Row, Task, check_classes
@@ -31,12 +32,13 @@ class FeatureSpec(Strict):
 
     Attributes:
         inputs: modalities that are encoded together; null: those of the model's first view.
-        pool: `mean` of the tokens' states, or `class`: the class token's.
+        pool: `mean` of the tokens' states; `class`: the class token's; `attentive`: a learned query attends to all of
+            them (V-JEPA's probe), which only a probe with `classifier: sgd` can learn.
         layer: number of the block whose states are read (0 = the first); null: the encoder's result.
     """
 
     inputs: tuple[str, ...] | None = None
-    pool: Literal["mean", "class"] = "mean"
+    pool: Literal["mean", "class", "attentive"] = "mean"
     layer: NonNegativeInt | None = None
 
 
@@ -77,11 +79,11 @@ class Kept:
     ids: list[str] = field(default_factory=list)
     pictures: list[np.ndarray] = field(default_factory=list)
 
-    def matrix(self, name: str) -> np.ndarray:
-        """Return (n, F); features of shorter recordings are filled up with 0."""
+    def matrix(self, name: str, filling: float = 0.0) -> np.ndarray:
+        """Return (n, F); features of shorter recordings are filled up."""
         parts = self.features[name]
         width = max(part.shape[1] for part in parts)
-        return torch.cat([F.pad(part, (0, width - part.shape[1])) for part in parts]).numpy()
+        return torch.cat([F.pad(part, (0, width - part.shape[1]), value=filling) for part in parts]).numpy()
 
 
 class LabelTask(Task):
@@ -140,26 +142,29 @@ class LabelTask(Task):
         remark = check_classes(
             f"evaluate.tasks.{self.name}", self.spec.label, set(labels.tolist()), set(truth.tolist())
         )
-        self.truth, self.features = truth, {split: part.matrix("model") for split, part in kept.items()}
+        self.truth, self.features = truth, self._matrices("model")
         self.guesses, notes = self.guess(self.features, labels, truth)
         unlearned = sorted(set(truth.tolist()) - set(labels.tolist()))
         notes |= {"samples": len(truth), "training samples": len(labels), "classes without training samples": unlearned}
         notes |= {"remark": remark} if remark else {}
         keys, right, rows = torch.cat(kept["held_out"].keys), torch.from_numpy(self.guesses == truth), []
         for baseline in self.spec.baseline:
-            guesses, theirs = self._baseline(baseline, kept, labels, truth)
+            guesses, theirs = self._baseline(baseline, labels, truth)
             scores = of_hits(keys, right, torch.from_numpy(guesses == truth))
             measure, about = f"accuracy of {self.spec.label}", notes | {"baseline": theirs}
             rows.append(Row.of(scores, self.name, measure, baseline, True, self.seed, about))
         return rows
 
-    def _baseline(
-        self, name: Baseline, kept: dict[str, Kept], labels: np.ndarray, truth: np.ndarray
-    ) -> tuple[np.ndarray, dict[str, Any]]:
+    def _matrices(self, name: str) -> dict[str, np.ndarray]:
+        """Return the features (n, F) of both splits; states that do not exist are NaN."""
+        filling = float("nan") if self.spec.pool == "attentive" else 0.0
+        return {split: part.matrix(name, filling) for split, part in self.kept.items()}
+
+    def _baseline(self, name: Baseline, labels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, dict[str, Any]]:
         """Return a baseline's guesses (m,)."""
         if name == "majority":
             return np.full(len(truth), np.bincount(labels).argmax()), {}
-        features = {split: part.matrix("random" if name == "random" else "raw") for split, part in kept.items()}
+        features = self._matrices("random" if name == "random" else "raw")
         if name == "raw":
             features = same_width(features)
         elif name == "pca":
@@ -209,13 +214,21 @@ def only(batch: Batch, inputs: tuple[str, ...]) -> Batch:
 
 
 def encoded(model: M3Model, batch: Batch, spec: FeatureSpec) -> tuple[Tensor, Tensor]:
-    """Return the features (B, D) float32 on the host, and (B,) bool, True for samples that have any of the inputs."""
+    """Return the features (B, D) float32 on the host, and (B,) bool, True for samples that have any of the inputs.
+
+    To be pooled attentively, they are the states of all tokens (B, N D), NaN where one does not exist.
+    """
     layer = spec.layer
     found = model.encode(batch, () if layer is None else (layer,))
     if layer is not None:
         found = replace(found, sequence=found.layers[layer])
     is_valid = found.plan.is_valid
     is_there = torch.ones_like(batch.keys, dtype=torch.bool) if is_valid is None else is_valid.any(1)
+    if spec.pool == "attentive":
+        states = found.sequence.float()
+        if found.is_valid is not None:
+            states = states.masked_fill(~found.is_valid.unsqueeze(-1), float("nan"))
+        return states.flatten(1).cpu(), is_there
     pooled = found.prefix[:, 0] if spec.pool == "class" else found.pooled
     return pooled.float().cpu(), is_there
 
@@ -235,15 +248,23 @@ def check_features(model: M3Model, spec: FeatureSpec, where: str) -> tuple[str, 
     towers = dict.fromkeys(model.tower_of[name] for name in inputs)
     if len(towers) > 1:
         raise M3Error(f"{where}.inputs: different towers read {', '.join(inputs)}; name those of one tower.")
-    tower: Any = model.towers[next(iter(towers))] if any(towers) else model.backbone
-    if spec.pool == "class" and not tower.spec.class_tokens:
+    tower = tower_of(model, tuple(inputs))
+    if spec.pool == "class" and not tower.class_tokens:
         raise M3Error(f"{where}.pool: the encoder has no class token; use `mean`.")
-    if spec.layer is not None and spec.layer >= tower.spec.depth:
+    if spec.pool == "attentive" and getattr(spec, "classifier", None) != "sgd":
+        raise M3Error(f"{where}.pool: `attentive` is learned; use it with `type: probe, classifier: sgd`.")
+    if spec.layer is not None and spec.layer >= tower.depth:
         raise M3Error(
-            f"{where}.layer: there is no block {spec.layer}; the last of {tower.spec.depth} is number "
-            f"{tower.spec.depth - 1}."
+            f"{where}.layer: there is no block {spec.layer}; the last of {tower.depth} is number {tower.depth - 1}."
         )
     return tuple(inputs)
+
+
+def tower_of(model: M3Model, inputs: tuple[str, ...]) -> BackboneSpec:
+    """Return the settings of the transformer that reads the inputs, all of them."""
+    name = model.tower_of[inputs[0]]
+    tower: Any = model.towers[name] if name else model.backbone
+    return tower.spec
 
 
 def fresh(model: M3Model, seed: int) -> M3Model:

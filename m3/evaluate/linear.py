@@ -1,18 +1,21 @@
 """Linear classification by stochastic gradients, the protocol of published linear probes (He et al. 2022, A.1).
 
-Letters: n samples, F features, K classes.
+Letters: B batch, n samples, F features, K classes, N tokens of a sample, D width.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from m3.backbone import BackboneSpec
 from m3.errors import M3Error
+from m3.pooling import AttentionPool
 
 
 def train_linear(
@@ -23,6 +26,7 @@ def train_linear(
     epochs: int,
     batch_size: int,
     seed: int,
+    pool: Attentive | None = None,
 ) -> np.ndarray:
     """Train BatchNorm without scale and shift and a linear layer on cached features; return the guesses (m,).
 
@@ -37,13 +41,14 @@ def train_linear(
         epochs: passes over the training samples.
         batch_size: samples of a step.
         seed: of the order of the samples.
+        pool: a layer before both, that makes vectors of states (n, N D) and is trained with them; None: there is none.
     """
     train, others = (torch.from_numpy(np.ascontiguousarray(features[split])) for split in ("train", "held_out"))
     truth = torch.from_numpy(labels)
     generator = torch.Generator().manual_seed(seed)
-    head = nn.Sequential(
-        nn.BatchNorm1d(train.shape[1], affine=False, eps=1e-6), _linear(train.shape[1], truth, generator)
-    )
+    width = pool.width if pool else train.shape[1]
+    norm = nn.BatchNorm1d(width, affine=False, eps=1e-6)
+    head = nn.Sequential(*([pool] if pool else []), norm, _linear(width, truth, generator))
     steps_per_epoch = math.ceil(len(train) / batch_size)
     steps, warmup = epochs * steps_per_epoch, max(1, epochs * steps_per_epoch // 10)
     order = torch.arange(len(train))
@@ -67,8 +72,27 @@ def train_linear(
         return head(others).argmax(1).numpy()
 
 
+class Attentive(nn.Module):
+    """A learned query attends to the states of each sample (Bardes et al. 2024, V-JEPA, attentive probing)."""
+
+    def __init__(self, tower: BackboneSpec, seed: int) -> None:
+        super().__init__()
+        self.width = tower.width
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.pool = AttentionPool(tower)
+            nn.init.normal_(self.pool.query, std=0.02)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pool states (B, N D), NaN where there is none -> (B, D)."""
+        states = x.unflatten(1, (-1, self.width))
+        is_valid = ~states[..., 0].isnan()
+        return self.pool(states.nan_to_num(0.0), is_valid)
+
+
 def _linear(width: int, labels: torch.Tensor, generator: torch.Generator) -> nn.Linear:
-    layer = nn.Linear(width, int(labels.max()) + 1)
+    # Draws nothing of the generator that training goes on with.
+    layer: Any = nn.utils.skip_init(nn.Linear, width, int(labels.max()) + 1)
     with torch.no_grad():
         layer.weight.normal_(std=0.01, generator=generator)
         layer.bias.zero_()

@@ -27,11 +27,17 @@ def launch(out: Path, processes: int, recipe: str = "multimae_tiny", *more: str)
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_one_and_two_processes_train_alike(tmp_path: Path) -> None:
-    one, two = launch(tmp_path / "one", 1), launch(tmp_path / "two", 2)
+def test_one_and_two_processes_train_and_measure_alike(tmp_path: Path) -> None:
+    """Losses, and what is measured on held-out samples with the average of the weights."""
+    more = ["evaluate.weights=ema", "evaluate.fit_samples=32", "evaluate.tasks.features={type: spread}"]
+    more += ["evaluate.tasks.neighbours={type: knn, label: shape, k: [3]}"]
+    more += ["evaluate.tasks.colour={type: probe, label: color, baseline: [random, pca]}"]
+    one, two = launch(tmp_path / "one", 1, "multimae_tiny", *more), launch(tmp_path / "two", 2, "multimae_tiny", *more)
     assert [line["step"] for line in one] == [line["step"] for line in two] == [1, 2, 2, 3, 3]
+    for line in (2, 4):
+        assert {"held_out/features, rank", "held_out/neighbours", "baseline/colour"} < one[line].keys()
     for a, b in zip(one, two, strict=True):
-        for name in (key for key in a if key.startswith(("reconstruct/", "held_out/"))):
+        for name in (key for key in a if key.startswith(("reconstruct/", "held_out/", "baseline/"))):
             assert b[name] == pytest.approx(a[name], rel=1e-4), (a["step"], name)
     for run in ("one", "two"):
         for name in ("model/model.safetensors", "model_ema/model.safetensors", "recipe.yaml", "preview.png"):

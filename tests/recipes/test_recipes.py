@@ -35,6 +35,15 @@ def test_recipe_starts_with_a_note_and_survives_writing(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_measured_during_the_run_and_says_whether_features_spread(name: str) -> None:
+    recipe = load_recipe(name)
+    kinds = {entry.get("type", "predict") for entry in recipe.evaluate.tasks.values()}
+    assert kinds
+    assert recipe.evaluate.every
+    assert "spread" in kinds or name.startswith(("finetune_", "tokenizer_", "quickstart"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_every_parameter_receives_a_gradient(name: str, tmp_path: Path) -> None:
     recipe = shrink(load_recipe(name), tmp_path)
     model = build_model(recipe)

@@ -230,7 +230,7 @@ def test_weight_decay_by_rule(rule: str, groups: dict[float, set[str]]) -> None:
     assert all((g["betas"], g["eps"], g["lr"]) == ((0.8, 0.99), 1e-6, 0.0) for g in optimizer.param_groups)
 
 
-def test_the_average_by_hand_and_a_swap_there_and_back() -> None:
+def test_the_average_by_hand_lent_and_given_back_also_after_an_error() -> None:
     model = nn.Linear(2, 2, bias=False)
     model.weight.data = torch.tensor([[0.0, 1.0], [2.0, 3.0]])
     average = Average(model, decay=0.75)
@@ -242,9 +242,12 @@ def test_the_average_by_hand_and_a_swap_there_and_back() -> None:
     expected = torch.tensor([[3.5, 2.75], [2.0, 1.25]])
     torch.testing.assert_close(average.weights[0], expected)
     weights = model.weight.data.clone()
-    average.swap(model)
-    assert torch.equal(model.weight.data, expected)
-    average.swap(model)
+    with average.lent_to(model):
+        assert torch.equal(model.weight.data, expected)
+        assert torch.equal(average.weights[0], expected), "a teacher keeps what it has"
+    assert torch.equal(model.weight.data, weights)
+    with pytest.raises(M3Error, match="no figures"), average.lent_to(model):
+        raise M3Error("no figures")
     assert torch.equal(model.weight.data, weights)
     assert torch.equal(average.weights[0], expected)
 
@@ -256,8 +259,8 @@ def test_the_average_of_low_precision_weights_is_kept_in_full() -> None:
     model.weight.data = torch.tensor([[3.0, -4.0]], dtype=torch.bfloat16)
     average.update(model)
     torch.testing.assert_close(average.weights[0], torch.tensor([[1.002, 1.994]]))
-    average.swap(model)
-    average.swap(model)
+    with average.lent_to(model):
+        assert model.weight.tolist() == [[1.0, 1.9921875]], "rounded to bfloat16"
     assert model.weight.tolist() == [[3.0, -4.0]]
 
 

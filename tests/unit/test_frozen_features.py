@@ -10,8 +10,9 @@ import torch
 from sklearn.datasets import load_digits
 
 from m3 import M3Config, M3Model
+from m3.backbone import BackboneSpec
 from m3.errors import M3Error
-from m3.evaluate.linear import train_linear
+from m3.evaluate.linear import Attentive, train_linear
 from m3.evaluate.task import Row, Task, build_tasks
 from m3.evaluate.tasks.zero_shot import classes_of, templates_of
 from m3.show import metrics_table
@@ -181,3 +182,49 @@ def test_the_classes_and_templates_of_imagenet_are_open_clips():
     sentences = [text.replace("{}", names[7]) for text in templates]
     assert sentences == [template(names[7]) for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
     assert (classes_of(("a", "b")), templates_of(("a {}",))) == (("a", "b"), ("a {}",))
+
+
+def test_an_attentive_probe_finds_what_the_mean_of_the_tokens_hides():
+    """The class is the value of one token of many, whose place changes; tokens that do not exist are never read."""
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 2, (256,), generator=random)
+    states = torch.randn(256, 6, 8, generator=random)
+    states[:, :, 0] = 0
+    place = torch.randint(0, 5, (256,), generator=random)
+    states[torch.arange(256), place, 0] = 8.0  # which token it is
+    states[torch.arange(256), place, 1] = 3.0 * (2 * labels - 1)
+    states[:, 5] = torch.nan
+    x = states.flatten(1).numpy()
+    features = {"train": x[:200], "held_out": x[200:]}
+    pool = Attentive(BackboneSpec(width=8, depth=1, heads=2), seed=1)
+    before = torch.get_rng_state()
+    guesses = train_linear(features, labels[:200].numpy(), "adamw", 0.01, 40, 50, 0, pool)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (guesses == labels[200:].numpy()).mean() > 0.9
+    again = train_linear(
+        {split: np.pad(part, ((0, 0), (0, 16)), constant_values=np.nan) for split, part in features.items()},
+        *(labels[:200].numpy(), "adamw", 0.01, 40, 50, 0, Attentive(BackboneSpec(width=8, depth=1, heads=2), seed=1)),
+    )
+    assert (again == guesses).mean() > 0.97
+
+
+def test_states_of_all_tokens_are_kept_for_an_attentive_probe():
+    settings = {"classifier": "sgd", "optimizer": "adamw", "rates": [0.01], "epochs": 2, "baseline": "random"}
+    task = task_of(type="probe", label="digit", pool="attentive", **settings)
+    (row,) = measure(task, digits(slice(40)), digits(slice(40, 60)))
+    assert row.baseline_name == "random"
+    states = task.model.encode(digits(slice(40, 60))).sequence.detach()
+    np.testing.assert_allclose(task.features["held_out"], states.flatten(1).numpy(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"type": "knn"}, r"pool: `attentive` is learned; use it with `type: probe, classifier: sgd`"),
+        ({"type": "probe"}, r"pool: `attentive` is learned"),
+        ({"type": "probe", "classifier": "sgd"}, r"baseline: `pca` has no tokens to attend to; set baseline: random"),
+    ],
+)
+def test_what_can_not_attend_is_refused(settings, sentence):
+    with pytest.raises(M3Error, match=sentence):
+        task_of(label="digit", pool="attentive", **settings)

@@ -119,7 +119,9 @@ def test_accuracy_averages_the_probabilities_of_clips_and_crops(tmp_path: Path) 
     recipe = recipe_from({**settings, "evaluate": {"samples": 4, "fit_samples": 4}}, "films")
     console = Console(quiet=True)
     metrics = Lines(tmp_path / "metrics.jsonl", console)
-    held_out = HeldOut(recipe, part, [task], samples, samples.source, Skipped(console, "s", 4, 0.0), console, metrics)
+    held_out = HeldOut(
+        recipe, part, [task], samples.source, samples.source, Skipped(console, "s", 4, 0.0), console, metrics
+    )
     looked = []
     original = part.classify
 

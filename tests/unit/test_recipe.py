@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from m3.errors import M3Error
-from m3.overrides import merge
+from m3.overrides import merge, with_overrides
 from m3.recipe import Recipe, dump_recipe, find_recipe, load_recipe, recipe_from
 from m3.train import build_model
 
@@ -106,6 +106,15 @@ def test_an_override_without_key_or_sign_is_refused(override: str) -> None:
 def test_an_override_that_is_no_yaml_is_refused_with_its_text() -> None:
     with pytest.raises(M3Error, match=r"train.betas=\[0.9"):
         load_recipe("quickstart", ["train.betas=[0.9"])
+
+
+def test_an_empty_mapping_that_would_change_nothing_is_refused() -> None:
+    """Settings are merged; nothing behind the sign empties them."""
+    settings = {"evaluate": {"tasks": {"shape": {"type": "knn"}}}, "data": {"options": {}}}
+    with pytest.raises(M3Error, match=r"`evaluate.tasks={}` changes nothing, .* write `evaluate.tasks=` to empty it"):
+        with_overrides(settings, ["evaluate.tasks={}"])
+    assert with_overrides(settings, ["evaluate.tasks="])["evaluate"] == {}
+    assert with_overrides(settings, ["data.options={}", "data.augment={}"])["data"] == {"options": {}, "augment": {}}
 
 
 def test_merge_keeps_removes_and_replaces() -> None:

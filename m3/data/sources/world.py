@@ -33,6 +33,8 @@ class Options(Strict):
         points: of a cloud.
         camera: `turning` on a slow circle, or `still`.
         objects: `all` of a scene, or of each scene only the `main` one, with the most pixels.
+        text: a `caption`, or a `question` about colour or shape of the main object or the number of objects; a
+            modality of type `answers` then gets the answer.
     """
 
     frames: PositiveInt = USUAL.frames
@@ -41,6 +43,7 @@ class Options(Strict):
     points: PositiveInt = USUAL.points
     camera: Literal["turning", "still"] = "turning"
     objects: Literal["all", "main"] = "all"
+    text: Literal["caption", "question"] = "caption"
 
 
 class World(Source):
@@ -49,14 +52,19 @@ class World(Source):
     def __init__(self, spec: DataSpec, modalities: dict[str, Modality], seed: int, split: Split) -> None:
         super().__init__(spec, modalities, seed, split)
         options = read_settings(Options, spec.options, "data.options")
-        offer = Offer(
-            **options.model_dump(exclude={"objects", "camera"}),
-            is_alone=options.objects == "main",
-            is_camera_still=options.camera == "still",
-        )
+        chosen = {
+            "is_alone": options.objects == "main",
+            "is_camera_still": options.camera == "still",
+            "is_asked": options.text == "question",
+        }
+        offer = Offer(**options.model_dump(exclude={"objects", "camera", "text"}), **chosen)
         self.types = {name: part.reads or type_name(type(part).__name__) for name, part in modalities.items()}
         for name, kind in self.types.items():
-            if kind not in WorldSource.SIGNALS:
+            if kind == "answers" and not offer.is_asked:
+                raise M3Error(
+                    f"modalities.{name}: the world answers only what it asks; set data.options.text=question."
+                )
+            if kind not in (*WorldSource.SIGNALS, "answers"):
                 raise M3Error(
                     f"modalities.{name}: the world makes no `{kind}`; it offers {', '.join(WorldSource.SIGNALS)}. "
                     f"Use another data.source."

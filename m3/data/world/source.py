@@ -15,12 +15,13 @@ from m3.data.world.caption import SEEN_PIXELS, caption
 from m3.data.world.cloud import sample_points
 from m3.data.world.derived import boxes, camera_normals, regions
 from m3.data.world.motion import DIRECTIONS, SPEEDS, motion_labels
+from m3.data.world.question import question
 from m3.data.world.render import Frame, render
 from m3.data.world.scene import COLOURS, MATERIALS, SHAPES, Scene, Split, generator, sample_scene
 from m3.data.world.sound import record, strikes, struck
 from m3.errors import M3Error
 
-SOUND, POINTS = 1, 2
+SOUND, POINTS, QUESTION = 1, 2, 3
 """Uses of a scene's random numbers beside the scene itself; see `generator`."""
 
 
@@ -35,6 +36,7 @@ class Offer:
         points: of a cloud.
         is_alone: leave of each scene only the object with the most pixels.
         is_camera_still: the camera stays where it is at time 0.
+        is_asked: the text is a question about the scene, and `answers` what ten people say, instead of a caption.
         features: values of a region's feature.
         classes: of a region's soft labels.
     """
@@ -45,6 +47,7 @@ class Offer:
     points: int = 1024
     is_alone: bool = False
     is_camera_still: bool = False
+    is_asked: bool = False
     features: int = 192
     classes: int = 1 + len(SHAPES)
 
@@ -56,6 +59,7 @@ class WorldSource:
     """Scenes 0 ... length - 1 of a split, rendered when they are read."""
 
     SIGNALS = ("image", "depth", "semantic_map", "text", "video", "audio", "points", "normals", "boxes", "regions")
+    """What scenes give; `answers` as well where they are asked."""
     CLASS_NAMES = ("sky", "ground", *SHAPES)
     PALETTE = ((140, 190, 240), (110, 110, 110), (220, 50, 50), (50, 180, 70), (60, 90, 230), (240, 200, 40))
     """RGB in 0 ... 255 to paint each class of a semantic map with; it says nothing of the colours of the objects."""
@@ -88,9 +92,10 @@ class WorldSource:
         self.split: Split = split
         self.signals = self.SIGNALS if signals is None else signals
         self.offer = offer
-        unknown = [name for name in self.signals if name not in self.SIGNALS]
+        known = (*self.SIGNALS, *(("answers",) if offer.is_asked else ()))
+        unknown = [name for name in self.signals if name not in known]
         if unknown:
-            raise M3Error(f"signals: the world makes no `{unknown[0]}`; choose from {', '.join(self.SIGNALS)}.")
+            raise M3Error(f"signals: the world makes no `{unknown[0]}`; choose from {', '.join(known)}.")
 
     def __len__(self) -> int:
         return self.length
@@ -123,17 +128,19 @@ class WorldSource:
             scene, number = replace(scene, objects=(main,)), 0
             frame = render(scene, self.height, self.width)
             seen = np.bincount(frame.instance.ravel(), minlength=2) / frame.instance.size
-        return {
-            "signals": self._signals(index, scene, frame, seen),
-            "labels": {
-                "shape": SHAPES.index(main.shape),
-                "color": list(COLOURS).index(main.colour),
-                "count": int((seen[1:] >= SEEN_PIXELS).sum()),
-                **motion_labels(scene, number, duration),
-                "material": MATERIALS.index(main.material),
-            },
-            "id": f"world/{self.split}/{index:06d}",
+        labels = {
+            "shape": SHAPES.index(main.shape),
+            "color": list(COLOURS).index(main.colour),
+            "count": int((seen[1:] >= SEEN_PIXELS).sum()),
+            **motion_labels(scene, number, duration),
+            "material": MATERIALS.index(main.material),
         }
+        signals = self._signals(index, scene, frame, seen)
+        if self.offer.is_asked:
+            names = {label: self.LABEL_NAMES[label][number] for label, number in labels.items()}
+            asked = question(names, self._random(index, QUESTION))
+            signals |= {name: asked[name] for name in ("text", "answers") if name in self.signals}
+        return {"signals": signals, "labels": labels, "id": f"world/{self.split}/{index:06d}"}
 
     def _signals(self, index: int, scene: Scene, frame: Frame, seen: np.ndarray) -> dict[str, Any]:
         offer, duration = self.offer, self.offer.frames / self.offer.fps
@@ -149,7 +156,7 @@ class WorldSource:
             "boxes": lambda: boxes(scene, frame),
             "regions": lambda: regions(scene, frame, offer.features, offer.classes),
         }
-        return {name: make[name]() for name in self.signals}
+        return {name: make[name]() for name in self.signals if name in make}
 
     def _video(self, scene: Scene, image: np.ndarray, hits: list[np.ndarray]) -> Clip:
         times = np.arange(self.offer.frames) / self.offer.fps

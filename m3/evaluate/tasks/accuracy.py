@@ -97,7 +97,7 @@ class Accuracy(Task):
             )
         guesses, truth = mean_of_looks(keys, guesses, truth)
         if self.part.several:
-            return [self._precision(guesses, truth, where)]
+            return [self._several(guesses, truth, frequency)]
         return self._accuracies(keys.unique(), guesses, truth.argmax(1), frequency)
 
     def _accuracies(self, keys: Tensor, guesses: Tensor, truth: Tensor, frequency: Tensor) -> list[Row]:
@@ -114,9 +114,11 @@ class Accuracy(Task):
             rows.append(Row.of(of_hits(keys, own, theirs), name, measure, "majority", True, self.seed, notes))
         return rows
 
-    def _precision(self, guesses: Tensor, truth: Tensor, where: str) -> Row:
+    def _several(self, guesses: Tensor, truth: Tensor, frequency: Tensor) -> Row:
+        """Return the row where samples may have several classes, of probabilities and truth (n, K)."""
         from sklearn.metrics import average_precision_score
 
+        where = f"evaluate.tasks.{self.name}"
         known = (truth > 0.5).numpy()
         differs = known.any(0) & ~known.all(0)
         if not differs.any():

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from m3.evaluate.features import LabelSpec, LabelTask
-from m3.evaluate.linear import train_linear
+from m3.errors import M3Error
+from m3.evaluate.features import LabelSpec, LabelTask, tower_of
+from m3.evaluate.linear import Attentive, train_linear
+from m3.model import M3Model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,22 +48,31 @@ class Probe(LabelTask):
         epochs: PositiveInt = 90
         batch_size: PositiveInt = 256
 
+    def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
+        super().__init__(spec, name, model, seed)
+        if spec.pool == "attentive" and (wrong := {"raw", "pca"} & set(spec.baseline)):
+            raise M3Error(
+                f"evaluate.tasks.{name}.baseline: `{wrong.pop()}` has no tokens to attend to; set baseline: random."
+            )
+
     def guess(
         self, features: dict[str, np.ndarray], labels: np.ndarray, truth: np.ndarray
     ) -> tuple[np.ndarray, dict[str, Any]]:
         """Fit the classifier on training samples and classify the held-out ones."""
         spec = self.spec
         if spec.classifier == "sgd":
-            tried = {
-                rate: train_linear(features, labels, spec.optimizer, rate, spec.epochs, spec.batch_size, self.seed)
-                for rate in spec.rates
-            }
+            tried = {rate: self._trained(features, labels, rate) for rate in spec.rates}
             scores = {str(rate): float((guesses == truth).mean()) for rate, guesses in tried.items()}
             best = max(tried, key=lambda rate: scores[str(rate)])
             return tried[best], {"learning rates tried": scores, "learning rate": best}
         strength = best_strength(features["train"], labels, spec.classifier)
         guesses = classify(features["train"], labels, features["held_out"], spec.classifier, strength)
         return guesses, {"C": strength}
+
+    def _trained(self, features: dict[str, np.ndarray], labels: np.ndarray, rate: float) -> np.ndarray:
+        spec = self.spec
+        pool = Attentive(tower_of(self.model, self.inputs), self.seed) if spec.pool == "attentive" else None
+        return train_linear(features, labels, spec.optimizer, rate, spec.epochs, spec.batch_size, self.seed, pool)
 
     def figures(self) -> dict[str, Figure]:
         """Return the confusion matrix of the model's probe."""
@@ -87,7 +98,10 @@ def classify(train: np.ndarray, labels: np.ndarray, others: np.ndarray, kind: st
 
     if len(np.unique(labels)) == 1:
         return np.full(len(others), labels[0])
-    linear = LogisticRegression(C=strength, max_iter=1000) if kind == "logistic" else LinearSVC(C=strength, dual="auto")
+    # Where it draws, it must not draw from numpy's common generator: measuring would change the training that follows.
+    linear: Any = LogisticRegression(C=strength, max_iter=1000)
+    if kind == "svm":
+        linear = LinearSVC(C=strength, dual="auto", random_state=0)
     return make_pipeline(StandardScaler(), linear).fit(train, labels).predict(others)
 
 
