@@ -33,7 +33,7 @@ class DepthInMetres(Task):
     """
 
     class Spec(Strict):
-        """Settings of `type: depth`.
+        """Settings of `type: depth_in_metres`.
 
         Attributes:
             target: name of a target of an objective; of a modality of type `depth` with `normalise: fixed`, since depth
