@@ -13,6 +13,7 @@ from m3.data.source import Source
 from m3.ema import Average
 from m3.evaluate.attention_maps import attention_figures
 from m3.evaluate.codebook import measure_codes
+from m3.evaluate.features import encoded_once
 from m3.evaluate.task import Row, Task
 from m3.evaluate.tasks.predict import predictors
 from m3.metrics import duration, read_lines
@@ -118,17 +119,20 @@ class HeldOut:
         if learning := [task for task in self.tasks if task.wants_training_samples]:
             for batch in first_batches(self.train, spec.fit_samples, BATCH):
                 self.train_skipped.count(batch, is_trained_on=False)
-                for task in learning:
-                    task.fit(batch.to(self.model.device))
+                shown = batch.to(self.model.device)
+                with encoded_once():
+                    for task in learning:
+                        task.fit(shown)
         looks: dict[Look, list[Task]] = {}
         for task in self.tasks:
             for look in task.looks:
                 looks.setdefault(look, []).append(task)
         for number, (look, tasks) in enumerate(looks.items()):
             for batch in first_batches(self.samples.seen(look), spec.samples, BATCH):
-                counted = batch if number else self.skipped.count(batch)
-                for task in tasks:
-                    task.add(counted.to(self.model.device))
+                shown = (batch if number else self.skipped.count(batch)).to(self.model.device)
+                with encoded_once():
+                    for task in tasks:
+                        task.add(shown)
         rows = [row for task in self.tasks for row in task.rows()]
         return rows + measure_codes(self.model, first_batches(self.samples, spec.samples, BATCH))
 

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -23,6 +27,10 @@ from m3.evaluate.task import Row, Task, check_classes
 from m3.model import M3Model
 from m3.plugins import Strict
 from m3.types import Batch
+
+Found = tuple[Tensor, Tensor]
+_shared: ContextVar[dict[tuple[Any, ...], Found] | None] = ContextVar("features of a batch", default=None)
+_others: WeakKeyDictionary[M3Model, dict[int, M3Model]] = WeakKeyDictionary()
 
 Baseline = Literal["random", "pca", "raw", "majority"]
 
@@ -213,11 +221,30 @@ def only(batch: Batch, inputs: tuple[str, ...]) -> Batch:
     return replace(batch, signals={name: x for name, x in batch.signals.items() if name in inputs})
 
 
-def encoded(model: M3Model, batch: Batch, spec: FeatureSpec) -> tuple[Tensor, Tensor]:
+@contextmanager
+def encoded_once() -> Iterator[None]:
+    """Let all tasks share the features of one batch, for as long as the context lasts."""
+    token = _shared.set({})
+    try:
+        yield
+    finally:
+        _shared.reset(token)
+
+
+def encoded(model: M3Model, batch: Batch, spec: FeatureSpec) -> Found:
     """Return the features (B, D) float32 on the host, and (B,) bool, True for samples that have any of the inputs.
 
     To be pooled attentively, they are the states of all tokens (B, N D), NaN where one does not exist.
     """
+    shared, key = _shared.get(), (id(model), tuple(batch.signals), spec.pool, spec.layer)
+    if shared is None:
+        return _encoded(model, batch, spec)
+    if key not in shared:
+        shared[key] = _encoded(model, batch, spec)
+    return shared[key]
+
+
+def _encoded(model: M3Model, batch: Batch, spec: FeatureSpec) -> Found:
     layer = spec.layer
     found = model.encode(batch, () if layer is None else (layer,))
     if layer is not None:
@@ -268,11 +295,13 @@ def tower_of(model: M3Model, inputs: tuple[str, ...]) -> BackboneSpec:
 
 
 def fresh(model: M3Model, seed: int) -> M3Model:
-    """Build the model of the same config with weights of another seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed + 1)
-        other = M3Model(copy.deepcopy(model.config))  # type: ignore[arg-type]  # PreTrainedModel's is wider
-    return other.eval()
+    """Return the model of the same config with weights of another seed, one for all who ask."""
+    others = _others.setdefault(model, {})
+    if seed not in others:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)
+            others[seed] = M3Model(copy.deepcopy(model.config)).eval()  # type: ignore[arg-type]  # transformers' is wider
+    return others[seed]
 
 
 def raw_values(model: M3Model, batch: Batch) -> Tensor:

@@ -43,6 +43,7 @@ MODALITIES = {
     },
     "vector": {"type": "vector", "size": 40},
     "regions": {"type": "regions", "features": 5, "count": 8},
+    "answers": {"type": "answers", "classes": 3, "names": ["red", "blue", "no"]},
 }
 RANDOM = np.random.default_rng(11)
 COLOURS = (np.indices((24, 32)).sum(0)[..., None] * [3, 4, 5]).astype(np.uint8)
@@ -131,6 +132,7 @@ WHOLE: dict[str, dict[str, Callable[[], bytes]]] = {
         ".mkv": lambda: video("matroska", "libx264"),
         ".webm": lambda: video("webm", "libvpx"),
         ".avi": lambda: video("avi", "mpeg4"),
+        ".npz": lambda: npz(frames=np.stack([COLOURS] * 5), times=np.arange(5, dtype=np.float32)),
     },
     "points": {
         ".ply": ply,
@@ -143,6 +145,7 @@ WHOLE: dict[str, dict[str, Callable[[], bytes]]] = {
         ".npz": lambda: npz(features=FOUND[:, :5], boxes=FOUND[:, 5:]),
         ".npy": lambda: npy(FOUND),
     },
+    "answers": {".txt": lambda: b'{"red": 6, "Dark red": 3, "blue": 1}'},
 }
 
 

@@ -15,7 +15,7 @@ from m3.parts import available, find
 SCRIPT = Path(__file__).with_name("fuzz.py")
 NAMES = (
     "image", "depth", "semantic_map", "normals", "boxes", "text", "points", "audio", "video", "metadata", "vector",
-    "regions",
+    "regions", "answers",
 )  # fmt: skip
 NEEDS = {"audio": ("soundfile", "torchaudio", "av"), "video": ("av",)}
 LEAST = {"text": 10}

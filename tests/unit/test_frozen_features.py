@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits
 from m3 import M3Config, M3Model
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error
+from m3.evaluate.features import encoded_once
 from m3.evaluate.linear import Attentive, train_linear
 from m3.evaluate.task import Row, Task, build_tasks
 from m3.evaluate.tasks.zero_shot import classes_of, templates_of
@@ -228,3 +229,29 @@ def test_states_of_all_tokens_are_kept_for_an_attentive_probe():
 def test_what_can_not_attend_is_refused(settings, sentence):
     with pytest.raises(M3Error, match=sentence):
         task_of(label="digit", pool="attentive", **settings)
+
+
+def test_tasks_share_the_features_of_a_batch_and_the_fresh_network(monkeypatch):
+    """Two tasks, one of another layer, and both baselines: three encodings of a batch; alone each makes its own."""
+    model, seen = make(), []
+    settings = {"label": "digit", "baseline": "random"}
+    tasks = build_tasks(
+        {"a": {"type": "knn", **settings}, "b": {"type": "probe", **settings}, "c": {"type": "spread"}}
+        | {"d": {"type": "probe", **settings, "layer": 0, "baseline": "majority"}},
+        model,
+        5,
+    )
+    assert len({id(task.other) for task in tasks[:3]}) == 1
+    encode = M3Model.encode
+    monkeypatch.setattr(M3Model, "encode", lambda self, *given: seen.append(self is model) or encode(self, *given))
+    first, second = digits(slice(40)), digits(slice(40, 80))
+    for batch in (first, second):
+        with encoded_once():
+            for task in tasks:
+                task.add(batch)
+    assert seen == [True, False, True] * 2
+    found = tasks[0]._kept["held_out"].features["model"]
+    expected = [encode(model, batch).pooled.detach() for batch in (first, second)]
+    torch.testing.assert_close(found, expected)
+    tasks[0].add(first)
+    assert len(seen) == 8

@@ -97,7 +97,7 @@ class Accuracy(Task):
             )
         guesses, truth = mean_of_looks(keys, guesses, truth)
         if self.part.several:
-            return [self._several(guesses, truth, frequency)]
+            return [self._several(keys.unique(), guesses, truth, frequency)]
         return self._accuracies(keys.unique(), guesses, truth.argmax(1), frequency)
 
     def _accuracies(self, keys: Tensor, guesses: Tensor, truth: Tensor, frequency: Tensor) -> list[Row]:
@@ -114,8 +114,8 @@ class Accuracy(Task):
             rows.append(Row.of(of_hits(keys, own, theirs), name, measure, "majority", True, self.seed, notes))
         return rows
 
-    def _several(self, guesses: Tensor, truth: Tensor, frequency: Tensor) -> Row:
-        """Return the row where samples may have several classes, of probabilities and truth (n, K)."""
+    def _several(self, keys: Tensor, guesses: Tensor, truth: Tensor, frequency: Tensor) -> Row:
+        """Return the row where samples, with these keys (n,), may have several classes: probabilities, truth (n, K)."""
         from sklearn.metrics import average_precision_score
 
         where = f"evaluate.tasks.{self.name}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from m3.errors import M3Error
-from m3.evaluate.bootstrap import interval
+from m3.evaluate.bootstrap import of_hits
 from m3.evaluate.task import Row
 from m3.evaluate.tasks.accuracy import Accuracy
 from m3.model import M3Model
@@ -32,16 +32,7 @@ class VqaAccuracy(Accuracy):
                 f"or a label of `type: answers`."
             )
 
-    def _several(self, guesses: Tensor, truth: Tensor, frequency: Tensor) -> Row:
-        own = truth.gather(1, guesses.argmax(1, keepdim=True))[:, 0].double().numpy()
-        theirs = truth[:, frequency.argmax()].double().numpy()
-        return Row(
-            self.name,
-            "VQA accuracy",
-            float(own.mean()),
-            float(theirs.mean()),
-            "majority",
-            higher_is_better=True,
-            interval=interval(own, self.seed),
-            difference=interval(own - theirs, self.seed),
-        )
+    def _several(self, keys: Tensor, guesses: Tensor, truth: Tensor, frequency: Tensor) -> Row:
+        own = truth.gather(1, guesses.argmax(1, keepdim=True))[:, 0]
+        scores = of_hits(keys, own, truth[:, frequency.argmax()])
+        return Row.of(scores, self.name, "VQA accuracy", "majority", True, self.seed)
