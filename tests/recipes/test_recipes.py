@@ -40,7 +40,7 @@ def test_recipe_is_measured_during_the_run_and_says_whether_features_spread(name
     kinds = {entry.get("type", "predict") for entry in recipe.evaluate.tasks.values()}
     assert kinds
     assert recipe.evaluate.every
-    assert "spread" in kinds or name.startswith(("finetune_", "tokenizer_", "quickstart"))
+    assert "spread" in kinds or name.startswith(("finetune_", "tokenizer_", "vqa_", "quickstart"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
