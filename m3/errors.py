@@ -16,6 +16,10 @@ class M3Error(ValueError):
     """Bad input (recipe, file, checkpoint, sample): the message is one sentence that names place and remedy."""
 
 
+class Unlabelled(M3Error):
+    """The data have no label that a task asks for; not a mistake where the task comes with a recipe for any data."""
+
+
 @contextmanager
 def within(path: str) -> Iterator[None]:
     """Put a key path in front of a mistake found inside: `masking.visibel: ...` becomes `objectives.x.masking.visibel`.

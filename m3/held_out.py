@@ -11,6 +11,7 @@ from rich.console import Console
 from m3.data.loader import Samples, first_batches
 from m3.data.source import Source
 from m3.ema import Average
+from m3.errors import Unlabelled
 from m3.evaluate.attention_maps import attention_figures
 from m3.evaluate.codebook import measure_codes
 from m3.evaluate.features import encoded_once
@@ -59,7 +60,7 @@ class HeldOut:
             console: where to say what is missing.
             metrics: where a line is written after each.
         """
-        self.metrics = metrics
+        self.console, self.metrics = console, metrics
         self.recipe, self.model, self.tasks = recipe, model, tasks
         plain = recipe.data.model_copy(update=AS_THEY_ARE)
         self.train, self.train_skipped = Samples(train, model.modalities, plain, recipe.seed), skipped
@@ -90,7 +91,7 @@ class HeldOut:
 
     def _evaluate(self, step: int, picture: str | None) -> list[Row]:
         self.model.eval()
-        rows = self.measure()
+        rows = self.measure(is_training=True)
         if rows:
             line: dict[str, float] = {"step": step}
             for row in rows:
@@ -111,8 +112,12 @@ class HeldOut:
         self.drawn = file
         preview(self.model, batch.to(self.model.device), views, file, self.recipe.seed)
 
-    def measure(self) -> list[Row]:
-        """Measure the recipe's tasks with the model in evaluation mode; nothing without held-out samples."""
+    def measure(self, *, is_training: bool = False) -> list[Row]:
+        """Measure the recipe's tasks with the model in evaluation mode; nothing without held-out samples.
+
+        Args:
+            is_training: a task whose label the data don't have is left out with a sentence: no reason to end a run.
+        """
         if not self.is_there:
             return []
         spec = self.recipe.evaluate
@@ -133,7 +138,15 @@ class HeldOut:
                 with encoded_once():
                     for task in tasks:
                         task.add(shown)
-        rows = [row for task in self.tasks for row in task.rows()]
+        rows = []
+        for task in list(self.tasks):
+            try:
+                rows += task.rows()
+            except Unlabelled as error:
+                if not is_training:
+                    raise
+                self.console.print(f"[yellow]left out[/]: {error}", soft_wrap=True)
+                self.tasks.remove(task)
         return rows + measure_codes(self.model, first_batches(self.samples, spec.samples, BATCH))
 
     def figures(self) -> dict[str, Figure]:

@@ -21,7 +21,7 @@ from pydantic import Field, NonNegativeInt, field_validator
 from torch import Tensor
 
 from m3.backbone import BackboneSpec
-from m3.errors import M3Error, nearest
+from m3.errors import M3Error, Unlabelled, nearest
 from m3.evaluate.bootstrap import of_hits
 from m3.evaluate.task import Row, Task, check_classes
 from m3.model import M3Model
@@ -142,7 +142,7 @@ class LabelTask(Task):
         self._begin()
         for split, part in kept.items():
             if not part.labels:
-                raise M3Error(
+                raise (M3Error if any(other.labels for other in kept.values()) else Unlabelled)(
                     f"evaluate.tasks.{self.name}.label: no sample ({split}) has the label `{self.spec.label}` together "
                     f"with {', '.join(self.inputs)}.{nearest(self.spec.label, self._labels_seen)}"
                 )

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -151,11 +152,13 @@ def aligned(root: Path) -> Path:
     return root
 
 
-def test_aligned_folders_train_and_a_mismatched_pair_is_named(tmp_path: Path) -> None:
+def test_aligned_folders_train_and_a_mismatched_pair_is_named(tmp_path: Path, capsys: Any) -> None:
     root = aligned(tmp_path / "scenes")
     overrides = ["data.source=folder", f"data.root={root}", f"out={tmp_path / 'run'}", *TINY]
     recipe = load_recipe("multimae_tiny", [*overrides, "data.crop=[0.5, 1.0]", "data.flip=0.5", "data.held_out=1"])
     train(recipe)
+    assert "left out: evaluate.tasks.shape.label: no sample (train) has the label `shape`" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
     (root / "depth" / "004.png").rename(root / "depth" / "four.png")
     with pytest.raises(
         M3Error, match=r"`four` is in `depth` but not in `image`|`004` is in `image` but not in `depth`"

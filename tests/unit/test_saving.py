@@ -135,7 +135,7 @@ def test_the_best_is_written_and_kept(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(
         trainer.HeldOut,
         "evaluate",
-        lambda _, step, picture=None: [Row("loss", "MSE", values[step], 1.0, "none", False)],
+        lambda _, step, average, picture=None: [Row("loss", "MSE", values[step], 1.0, "none", False)],
     )
     monkeypatch.setattr(trainer.HeldOut, "conclude", lambda *_: None)
     run = tmp_path / "run"
