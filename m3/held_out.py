@@ -14,7 +14,6 @@ from m3.ema import Average
 from m3.errors import Unlabelled
 from m3.evaluate.attention_maps import attention_figures
 from m3.evaluate.codebook import measure_codes
-from m3.evaluate.features import encoded_once
 from m3.evaluate.task import Row, Task
 from m3.evaluate.tasks.predict import predictors
 from m3.metrics import duration, read_lines
@@ -125,9 +124,8 @@ class HeldOut:
             for batch in first_batches(self.train, spec.fit_samples, BATCH):
                 self.train_skipped.count(batch, is_trained_on=False)
                 shown = batch.to(self.model.device)
-                with encoded_once():
-                    for task in learning:
-                        task.fit(shown)
+                for task in learning:
+                    task.fit(shown)
         looks: dict[Look, list[Task]] = {}
         for task in self.tasks:
             for look in task.looks:
@@ -135,9 +133,8 @@ class HeldOut:
         for number, (look, tasks) in enumerate(looks.items()):
             for batch in first_batches(self.samples.seen(look), spec.samples, BATCH):
                 shown = (batch if number else self.skipped.count(batch)).to(self.model.device)
-                with encoded_once():
-                    for task in tasks:
-                        task.add(shown)
+                for task in tasks:
+                    task.add(shown)
         rows = []
         for task in list(self.tasks):
             try:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3.evaluate.features import only
+from m3.evaluate.encodings import only
 from m3.model import M3Model
 from m3.types import Batch, Encoded, Tokens
 

@@ -5,49 +5,25 @@ Letters: B batch, n samples, N tokens of a modality, P values per token, F featu
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeInt, field_validator
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, Unlabelled, nearest
 from m3.evaluate.bootstrap import of_hits
+from m3.evaluate.encodings import FeatureSpec, only
 from m3.evaluate.task import Row, Task, check_classes
 from m3.model import M3Model
-from m3.plugins import Strict
 from m3.types import Batch
 
-Found = tuple[Tensor, Tensor]
-_shared: ContextVar[dict[tuple[Any, ...], Found] | None] = ContextVar("features of a batch", default=None)
-_others: WeakKeyDictionary[M3Model, dict[int, M3Model]] = WeakKeyDictionary()
-
 Baseline = Literal["random", "pca", "raw", "majority"]
-
-
-class FeatureSpec(Strict):
-    """Settings of every task that reads frozen features.
-
-    Attributes:
-        inputs: modalities that are encoded together; null: those of the model's first view.
-        pool: `mean` of the tokens' states; `class`: the class token's; `attentive`: a learned query attends to all of
-            them (V-JEPA's probe), which only a probe with `classifier: sgd` can learn.
-        layer: number of the block whose states are read (0 = the first); null: the encoder's result.
-    """
-
-    inputs: tuple[str, ...] | None = None
-    pool: Literal["mean", "class", "attentive"] = "mean"
-    layer: NonNegativeInt | None = None
 
 
 class LabelSpec(FeatureSpec):
@@ -107,7 +83,6 @@ class LabelTask(Task):
     def __init__(self, spec: Any, name: str, model: M3Model, seed: int) -> None:
         super().__init__(spec, name, model, seed)
         self.inputs = check_features(model, spec, f"evaluate.tasks.{name}")
-        self.other = fresh(model, seed) if "random" in spec.baseline else None
         self._labels_seen: set[str] = set()
         self._begin()
 
@@ -140,6 +115,7 @@ class LabelTask(Task):
         """Learn from the model's features and from every baseline's, and return a row for each baseline."""
         kept = self.kept = self._kept
         self._begin()
+        self.encodings.forget()
         for split, part in kept.items():
             if not part.labels:
                 raise (M3Error if any(other.labels for other in kept.values()) else Unlabelled)(
@@ -188,14 +164,12 @@ class LabelTask(Task):
         label = batch.labels.get(self.spec.label)
         if label is None or not any(name in batch.signals for name in self.inputs):
             return
-        batch = only(batch, self.inputs)
-        own, is_there = encoded(self.model, batch, self.spec)
+        own, is_there = self.encodings.of(batch, self.inputs, self.spec)
         found = {"model": own}
-        if self.other is not None:
-            self.other.to(self.model.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-            found["random"] = encoded(self.other, batch, self.spec)[0]
+        if "random" in self.spec.baseline:
+            found["random"] = self.encodings.of(batch, self.inputs, self.spec, is_fresh=True)[0]
         if {"raw", "pca"} & set(self.spec.baseline):
-            found["raw"] = raw_values(self.model, batch)
+            found["raw"] = raw_values(self.model, only(batch, self.inputs))
         is_kept = (is_there & (label >= 0)).cpu()
         if not is_kept.any():
             return
@@ -214,50 +188,6 @@ class LabelTask(Task):
         name = max(there, key=lambda name: len(there[name].signal.size) >= 2)
         part = there[name]
         return [part.show(part.normalise(batch.signals[name][i : i + 1])[0], None) for i in numbers]
-
-
-def only(batch: Batch, inputs: tuple[str, ...]) -> Batch:
-    """Return the batch with these modalities alone."""
-    return replace(batch, signals={name: x for name, x in batch.signals.items() if name in inputs})
-
-
-@contextmanager
-def encoded_once() -> Iterator[None]:
-    """Let all tasks share the features of one batch, for as long as the context lasts."""
-    token = _shared.set({})
-    try:
-        yield
-    finally:
-        _shared.reset(token)
-
-
-def encoded(model: M3Model, batch: Batch, spec: FeatureSpec) -> Found:
-    """Return the features (B, D) float32 on the host, and (B,) bool, True for samples that have any of the inputs.
-
-    To be pooled attentively, they are the states of all tokens (B, N D), NaN where one does not exist.
-    """
-    shared, key = _shared.get(), (id(model), tuple(batch.signals), spec.pool, spec.layer)
-    if shared is None:
-        return _encoded(model, batch, spec)
-    if key not in shared:
-        shared[key] = _encoded(model, batch, spec)
-    return shared[key]
-
-
-def _encoded(model: M3Model, batch: Batch, spec: FeatureSpec) -> Found:
-    layer = spec.layer
-    found = model.encode(batch, () if layer is None else (layer,))
-    if layer is not None:
-        found = replace(found, sequence=found.layers[layer])
-    is_valid = found.plan.is_valid
-    is_there = torch.ones_like(batch.keys, dtype=torch.bool) if is_valid is None else is_valid.any(1)
-    if spec.pool == "attentive":
-        states = found.sequence.float()
-        if found.is_valid is not None:
-            states = states.masked_fill(~found.is_valid.unsqueeze(-1), float("nan"))
-        return states.flatten(1).cpu(), is_there
-    pooled = found.prefix[:, 0] if spec.pool == "class" else found.pooled
-    return pooled.float().cpu(), is_there
 
 
 def check_features(model: M3Model, spec: FeatureSpec, where: str) -> tuple[str, ...]:
@@ -292,16 +222,6 @@ def tower_of(model: M3Model, inputs: tuple[str, ...]) -> BackboneSpec:
     name = model.tower_of[inputs[0]]
     tower: Any = model.towers[name] if name else model.backbone
     return tower.spec
-
-
-def fresh(model: M3Model, seed: int) -> M3Model:
-    """Return the model of the same config with weights of another seed, one for all who ask."""
-    others = _others.setdefault(model, {})
-    if seed not in others:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
-            others[seed] = M3Model(copy.deepcopy(model.config)).eval()  # type: ignore[arg-type]  # transformers' is wider
-    return others[seed]
 
 
 def raw_values(model: M3Model, batch: Batch) -> Tensor:

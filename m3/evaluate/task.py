@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from m3.errors import M3Error
 from m3.evaluate.bootstrap import Scores
+from m3.evaluate.encodings import Encodings
 from m3.model import M3Model
 from m3.parts import build_spec
 from m3.plugins import Strict
@@ -134,6 +135,7 @@ class Task(ABC):
 
     def __init__(self, spec: Any, name: str, model: M3Model, seed: int) -> None:
         self.spec, self.name, self.model, self.seed = spec, name, model, seed
+        self.encodings = Encodings(model, seed)
 
     @property
     def wants_training_samples(self) -> bool:
@@ -162,8 +164,10 @@ def build_tasks(settings: dict[str, dict[str, Any]], model: M3Model, seed: int) 
     Raises:
         M3Error: unknown settings, or a task that can't be measured on this model.
     """
-    tasks = []
+    tasks, shared = [], Encodings(model, seed)
     for name, entry in settings.items():
         part, spec = build_spec("tasks", {"type": "predict", **entry}, f"evaluate.tasks.{name}")
-        tasks.append(part(spec, name, model, seed))
+        task = part(spec, name, model, seed)
+        task.encodings = shared
+        tasks.append(task)
     return tasks

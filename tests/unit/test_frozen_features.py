@@ -12,7 +12,6 @@ from sklearn.datasets import load_digits
 from m3 import M3Config, M3Model
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error
-from m3.evaluate.features import encoded_once
 from m3.evaluate.linear import Attentive, train_linear
 from m3.evaluate.task import Row, Task, build_tasks
 from m3.evaluate.tasks.zero_shot import classes_of, templates_of
@@ -241,17 +240,22 @@ def test_tasks_share_the_features_of_a_batch_and_the_fresh_network(monkeypatch):
         model,
         5,
     )
-    assert len({id(task.other) for task in tasks[:3]}) == 1
+    assert len({id(task.encodings.fresh) for task in tasks}) == 1
     encode = M3Model.encode
     monkeypatch.setattr(M3Model, "encode", lambda self, *given: seen.append(self is model) or encode(self, *given))
     first, second = digits(slice(40)), digits(slice(40, 80))
     for batch in (first, second):
-        with encoded_once():
-            for task in tasks:
-                task.add(batch)
+        for task in tasks:
+            task.add(batch)
     assert seen == [True, False, True] * 2
     found = tasks[0]._kept["held_out"].features["model"]
     expected = [encode(model, batch).pooled.detach() for batch in (first, second)]
     torch.testing.assert_close(found, expected)
     tasks[0].add(first)
     assert len(seen) == 8
+    for task in tasks[1:]:
+        task.add(first)
+    assert len(seen) == 9, "of another layer"
+    tasks[2].rows()
+    tasks[0].add(first)
+    assert len(seen) == 11, "by then the weights may be others"

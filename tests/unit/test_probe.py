@@ -192,7 +192,7 @@ def test_fresh_weights_are_others_and_always_the_same():
         rows += task.rows()
     assert torch.equal(torch.random.get_rng_state(), state)
     assert rows[0] == rows[1]
-    fresh = dict(task.other.named_parameters())
+    fresh = dict(task.encodings.fresh.named_parameters())
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and parameter.std() > 0:
             assert not torch.equal(fresh[name], parameter), name

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m3.evaluate.features import FeatureSpec, check_features, encoded, fresh, only
+from m3.evaluate.encodings import FeatureSpec
+from m3.evaluate.features import check_features
 from m3.evaluate.task import Row, Task
 from m3.model import M3Model
 from m3.monitors import deviation, effective_rank
@@ -28,7 +29,6 @@ class Spread(Task):
     def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
         super().__init__(spec, name, model, seed)
         self.inputs = check_features(model, spec, f"evaluate.tasks.{name}")
-        self.other = fresh(model, seed)
         self._features: dict[str, list[Tensor]] = {"model": [], "random": []}
 
     @torch.no_grad()
@@ -36,16 +36,15 @@ class Spread(Task):
         """Keep features of held-out samples that have any of the inputs."""
         if not any(name in batch.signals for name in self.inputs):
             return
-        batch = only(batch, self.inputs)
-        self.other.to(self.model.device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-        for name, model in (("model", self.model), ("random", self.other)):
-            features, is_there = encoded(model, batch, self.spec)
+        for name in ("model", "random"):
+            features, is_there = self.encodings.of(batch, self.inputs, self.spec, is_fresh=name == "random")
             self._features[name].append(features[is_there.cpu()])
 
     def rows(self) -> list[Row]:
         """Return a row for the rank and one for the deviation."""
         found = {name: torch.cat(parts) for name, parts in self._features.items() if parts}
         self._features = {"model": [], "random": []}
+        self.encodings.forget()
         if len(found.get("model", ())) < 2:
             return []
         width = found["model"].shape[1]

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from m3.errors import M3Error
+from m3.errors import M3Error, Unlabelled
 from m3.evaluate.bootstrap import of_hits
-from m3.evaluate.features import FeatureSpec, check_features, encoded, only
+from m3.evaluate.encodings import FeatureSpec
+from m3.evaluate.features import check_features
 from m3.evaluate.task import Row, Task, check_classes
 from m3.evaluate.tasks.probe import best_strength, classify
 from m3.model import M3Model
@@ -74,8 +75,9 @@ class Subsets(Task):
         """Fit the probes and return the rows."""
         features, labels, keys = self._features, self._labels, self._keys
         self._begin()
+        self.encodings.forget()
         if empty := next((split for split, parts in labels.items() if not parts), None):
-            raise M3Error(
+            raise (M3Error if any(labels.values()) else Unlabelled)(
                 f"evaluate.tasks.{self.name}: no sample ({empty}) has the label `{self.spec.label}` and all of "
                 f"{', '.join(self.inputs)}; name other inputs."
             )
@@ -159,5 +161,5 @@ class Subsets(Task):
         if split == "held_out":
             self._keys.append(batch.keys.cpu()[is_kept])
         for subset in self.subsets:
-            features, _ = encoded(self.model, only(batch, subset), self.spec)
+            features, _ = self.encodings.of(batch, subset, self.spec)
             self._features[split].setdefault(subset, []).append(features[is_kept])
