@@ -197,7 +197,7 @@ def test_fresh_weights_are_others_and_always_the_same():
         if parameter.ndim > 1 and parameter.std() > 0:
             assert not torch.equal(fresh[name], parameter), name
     x, y = train.labels["bright"].numpy(), held_out.labels["bright"].numpy()
-    own = [task.other.encode(b).pooled.numpy() for b in (train, held_out)]
+    own = [task.encodings.fresh.encode(b).pooled.numpy() for b in (train, held_out)]
     assert rows[0].baseline == pytest.approx(by_hand(own[0], x, own[1], y, "logistic"))
 
 
