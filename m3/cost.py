@@ -5,10 +5,13 @@ Letters: B batch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +19,7 @@ from m3.build import meta_model
 from m3.machine import use_bf16
 from m3.matmul import matmul_rate
 from m3.model import M3Model
+from m3.partners import swap_of
 from m3.recipe import Recipe
 from m3.schedule import choices
 from m3.types import Batch
@@ -38,6 +42,11 @@ class Cost:
     activation_bytes: int
 
 
+def smallest_batch(model: M3Model) -> int:
+    """Return how many samples the model takes at least: one, or a group of those that borrow from each other."""
+    return math.lcm(*(swap.group for view in model.views if (swap := swap_of(view))))
+
+
 def meta_batch(model: M3Model, samples: int) -> Batch:
     """Make a batch of the model's usual sizes without memory."""
     with torch.device("meta"):
@@ -46,15 +55,17 @@ def meta_batch(model: M3Model, samples: int) -> Batch:
 
 
 def cost(model: M3Model, active: tuple[str, ...] | None = None) -> Cost:
-    """Count operations and saved activations of a meta model, exactly: the difference of two and one samples.
+    """Count operations and saved activations of a meta model, exactly: what twice the smallest batch adds to it.
 
     Args:
         model: on the device `meta`.
         active: names of the objectives that take part; None: all.
     """
-    one, two = _count(model, 1, active), _count(model, 2, active)
+    least = smallest_batch(model)
+    one, two = _count(model, least, active), _count(model, 2 * least, active)
+    forward, training, saved = ((b - a) // least for a, b in zip(one, two, strict=True))
     parameters = sum(p.numel() for p in model.parameters())
-    return Cost(two[0] - one[0], two[1] - one[1], 16 * parameters, two[2] - one[2])
+    return Cost(forward, training, 16 * parameters, saved)
 
 
 def _count(model: M3Model, samples: int, active: tuple[str, ...] | None) -> tuple[int, int, int]:
@@ -89,14 +100,25 @@ def _count(model: M3Model, samples: int, active: tuple[str, ...] | None) -> tupl
     return forward, counter.get_total_flops(), sum(saved.values())
 
 
-def highest_speed(recipe: Recipe, world: int) -> float:
+def highest_speed(recipe: Recipe, world: int, console: Console) -> float | None:
     """Return the samples/s at which training would do nothing but matrix products as fast as this device can.
+
+    None, with a sentence, where a part of the model can't be counted without data: no reason to end a run.
 
     The operations are those of a sample's forward and backward pass, the mean over what `train.mix` draws; the rate is
     measured now, on this process, and taken to be that of all. It costs seconds and no random numbers of the run.
     """
     model = meta_model(recipe)
     drawn = choices(recipe.train.mix, list(model.objectives))
-    flops = sum(share * cost(model, active).train_flops for active, share in drawn.items())
+    try:
+        flops = sum(share * cost(model, active).train_flops for active, share in drawn.items())
+    except Exception as error:  # whatever a plugin's part raises
+        cause = escape(f"{type(error).__name__}: {error}".splitlines()[0])
+        console.print(
+            f"[yellow]how busy the machine is can't be told[/]: a part of the model reads values where there are only "
+            f"shapes ({cause}); `m3 show` stops at the same.",
+            soft_wrap=True,
+        )
+        return None
     rate = matmul_rate(torch.bfloat16 if use_bf16(recipe.train.precision) else torch.float32, tries=3)
     return world * rate / flops

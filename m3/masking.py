@@ -61,11 +61,13 @@ def build(view: View) -> Selection:
 
 
 def everything(tokens: dict[str, Tokens]) -> MaskPlan:
-    """Make the plan in which every token that exists is visible."""
-    return explicit(
-        tokens,
-        {n: torch.ones(p.values.shape[:2], dtype=torch.bool, device=p.values.device) for n, p in tokens.items()},
-    )
+    """Make the plan in which every token that exists is visible; on the device `meta`, with room for all of them."""
+    ones = {n: torch.ones(p.values.shape[:2], dtype=torch.bool, device=p.values.device) for n, p in tokens.items()}
+    if any(part.is_valid is not None and not part.is_valid.is_meta for part in tokens.values()):
+        return explicit(tokens, ones)  # no more room than the fullest sample needs
+    slots = {name: part.count for name, part in tokens.items()}
+    seen = {name: existing(ones[name], part) for name, part in tokens.items()}
+    return assemble(tokens, seen, slots, sum(slots.values()))
 
 
 def masks(tokens: dict[str, Tokens], visible: float | Mapping[str, float | Tensor], draws: Draws) -> dict[str, Tensor]:

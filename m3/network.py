@@ -5,7 +5,6 @@ Letters: B batch, N content tokens of a modality, S visible slots of a modality,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +19,7 @@ from m3.encoder import Encoder
 from m3.errors import M3Error, nearest, read_settings, within
 from m3.layer import Layer
 from m3.masker import Masker
-from m3.partners import Swap, check_swap, draw_partners, swapped
+from m3.partners import check_swap, draw_partners, swap_of, swapped
 from m3.parts import build_spec
 from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
 from m3.positions import Marks, build_positions
@@ -214,9 +213,9 @@ class Network(Encoder):
         seen = {name: tokens[name] for name in view.modalities if name in tokens}
         if not seen:
             raise M3Error(f"the batch has none of {', '.join(view.modalities)}; give at least one of them.")
-        if not view.swap:
+        swap = swap_of(view)
+        if swap is None:
             return self.views[view](seen, draws)
-        swap = Swap(**json.loads(view.swap))
         partners = draw_partners(swap, seen, draws, similarity)
         return replace(self.views[view](swapped(seen, partners), draws), partners=partners)
 
@@ -309,7 +308,7 @@ class Network(Encoder):
         encoded, waiting = {}, []
         keys = prepared.draws.numbers("network") if self.training and prepared.draws is not None else None
         for view in views:
-            swap = Swap(**json.loads(view.swap)) if view.swap else None
+            swap = swap_of(view)
             if swap and swap.by != "random":
                 waiting.append((view, swap))
             else:
@@ -327,7 +326,7 @@ class Network(Encoder):
 
     def _needed(self, view: View) -> tuple[View, ...]:
         """Return the views whose similarities say who borrows from whom in this one."""
-        by = Swap(**json.loads(view.swap)).by if view.swap else "random"
+        by = swap.by if (swap := swap_of(view)) else "random"
         return () if by == "random" else self._objectives()[by].views
 
     def after_step(self) -> None:

@@ -38,9 +38,14 @@ class Swap(Strict):
     by: str = "random"
 
 
+def swap_of(view: View) -> Swap | None:
+    """Return how samples of a view borrow from others; None: they don't."""
+    return Swap(**json.loads(view.swap)) if view.swap else None
+
+
 def check_swap(view: View, able: list[str]) -> None:
     """Raise M3Error for a view whose mismatches can't be drawn; `able` names the objectives that know similarities."""
-    swap = Swap(**json.loads(view.swap)) if view.swap else None
+    swap = swap_of(view)
     if swap is None:
         return
     if swap.of not in view.modalities:

@@ -86,13 +86,13 @@ class Clock:
     PATIENCE = 30.0
     """Seconds of training after which a run is worth the seconds that `highest` takes."""
 
-    def __init__(self, start: int, batch_size: int, highest: Callable[[], float] | None = None) -> None:
+    def __init__(self, start: int, batch_size: int, highest: Callable[[], float | None] | None = None) -> None:
         """Start measuring.
 
         Args:
             start: steps that are done.
             batch_size: samples of a step, on all processes.
-            highest: measures the samples/s that utilisation is a share of; None: utilisation is not told.
+            highest: measures the samples/s that utilisation is a share of; None, or from it: utilisation is not told.
         """
         self.batch_size, self.measure_highest = batch_size, highest
         self.highest: float | None = None
@@ -138,8 +138,8 @@ class Clock:
     def _utilisation(self, speed: float, seconds: float) -> dict[str, float]:
         """Return the share of the highest speed that is reached, once the run has lasted."""
         self.trained += seconds
-        if self.measure_highest and self.highest is None and self.trained > self.PATIENCE:
-            self.highest = self.measure_highest()
+        if self.measure_highest and self.trained > self.PATIENCE:
+            self.highest, self.measure_highest = self.measure_highest(), None
         return {"utilisation": speed / self.highest} if self.highest else {}
 
 

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from m3.build import meta_model
-from m3.cost import cost, meta_batch
+from m3.cost import cost, meta_batch, smallest_batch
 from m3.model import M3Model
 from m3.recipe import Recipe, dump_recipe
 from m3.scale import ASSUMED, shares
@@ -76,7 +76,7 @@ def _token_table(model: M3Model) -> Table:
     table = Table(title="Tokens per sample", title_justify="left")
     for column in ("modality", "raw", "tokens", "visible at most", "predicted at most"):
         table.add_column(column, justify="left" if column in ("modality", "raw") else "right")
-    prepared = model.prepare(meta_batch(model, 1))
+    prepared = model.prepare(meta_batch(model, smallest_batch(model)))
     plans = list(prepared.plans.values())
     for name, tokens in prepared.tokens.items():
         signal = model.modalities[name].signal

@@ -43,15 +43,7 @@ class Teacher(NamedTuple):
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Return the last layer's features (B, C, h, w) float32 of uint8 or float pixels (B, 3, H, W), 0 to 255."""
-        network, x = self._ready(pixels)
-        with _exactly(pixels):
-            if self.is_clip:
-                return network.forward_intermediates(
-                    x, indices=1, normalize_intermediates=True, intermediates_only=True
-                )["image_intermediates"][-1]
-            return network.forward_intermediates(x, indices=1, norm=True, intermediates_only=True, output_fmt="NCHW")[
-                -1
-            ]
+        return self._features(*self._ready(pixels))
 
     @torch.no_grad()
     def layers(self, pixels: Tensor, count: int) -> Tensor:
@@ -72,22 +64,33 @@ class Teacher(NamedTuple):
     @torch.no_grad()
     def attention(self, pixels: Tensor) -> Tensor:
         """Return how much the class token attends to each token in the last block, mean over heads (B, N)."""
-        network, _ = self._ready(pixels)
+        network, x = self._ready(pixels)
         layer: Any = (network.transformer.resblocks if self.is_clip else network.blocks)[-1].attn
         kept: list[Tensor] = []
         handle = layer.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
         try:
-            self(pixels)
+            self._features(network, x)
         finally:
             handle.remove()
         with _exactly(pixels):
-            (x,) = kept
-            qkv = F.linear(x, layer.in_proj_weight, layer.in_proj_bias) if self.is_clip else layer.qkv(x)
+            (read,) = kept
+            qkv = F.linear(read, layer.in_proj_weight, layer.in_proj_bias) if self.is_clip else layer.qkv(read)
             q, k, _ = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
             if not self.is_clip:
                 q, k = layer.q_norm(q), layer.k_norm(k)
             scores = q[:, :, :1] @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         return scores.softmax(-1).mean(1)[:, 0, 1 if self.is_clip else network.num_prefix_tokens :]
+
+    def _features(self, network: Any, x: Tensor) -> Tensor:
+        """Return the last layer's features (B, C, h, w) of what `_ready` gives."""
+        with _exactly(x):
+            if self.is_clip:
+                return network.forward_intermediates(
+                    x, indices=1, normalize_intermediates=True, intermediates_only=True
+                )["image_intermediates"][-1]
+            return network.forward_intermediates(x, indices=1, norm=True, intermediates_only=True, output_fmt="NCHW")[
+                -1
+            ]
 
     def _ready(self, pixels: Tensor) -> tuple[Any, Tensor]:
         """Return the network where the pixels are, and these as it wants them."""

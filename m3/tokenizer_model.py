@@ -117,9 +117,17 @@ class M3Tokenizer:
 
 
 def describe(path: str | Path) -> M3Tokenizer:
-    """Return the tokenizer of a folder without memory for its weights, for its shape."""
+    """Return the tokenizer of a folder without memory for its weights, for its shape.
+
+    Raises:
+        M3Error: there is none.
+    """
+    try:
+        config = M3Config.from_pretrained(path)
+    except OSError as error:
+        raise missing(path, error) from None
     with torch.device("meta"):
-        return M3Tokenizer(M3Model(M3Config.from_pretrained(path)))
+        return M3Tokenizer(M3Model(config))
 
 
 def fingerprint(path: str | Path) -> str:

@@ -127,7 +127,7 @@ def train(recipe: Recipe, resume: bool = False, is_shown: bool = True) -> list[R
     batches = iter(train_loader(samples, order, recipe.data.workers, spec.timeout))
     saver = Saver(accelerator, recipe, parts, order, facts, console)
     guard = Guard(accelerator, raw_model, optimizer, spec.max_skipped, run, console)
-    clock = Clock(start, spec.batch_size, None if console.quiet else partial(highest_speed, recipe, world))
+    clock = Clock(start, spec.batch_size, None if console.quiet else partial(highest_speed, recipe, world, console))
     watch, health = Watch(console, plan.warmup), Health(console, plan.warmup)
 
     # ---------------------------------------------------------------------------------------- train loop

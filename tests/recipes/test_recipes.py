@@ -16,6 +16,8 @@ from m3.data.loader import Samples, first_batches
 from m3.evaluate.tasks.predict import predictors
 from m3.model import M3Model
 from m3.recipe import PACKAGED, dump_recipe, load_recipe
+from m3.schedule import choices
+from m3.summary import print_summary
 from m3.train import build_model, open_source, train
 
 RECIPES = sorted(path.stem for path in PACKAGED.glob("*.yaml"))
@@ -42,6 +44,17 @@ def test_recipe_is_measured_during_the_run_and_says_whether_features_spread(name
     assert recipe.evaluate.every
     is_supervised = {entry["type"] for entry in recipe.objectives.values() if entry} == {"classify"}
     assert "spread" in kinds or is_supervised or name.startswith(("finetune_", "tokenizer_", "quickstart"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_can_be_shown_with_its_cost(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = shrink(load_recipe(name), tmp_path)
+    print_summary(recipe)
+    assert "FLOPs per sample: " in capsys.readouterr().out
+    for active in choices(
+        recipe.train.mix, list(recipe.objectives)
+    ):  # for the share of its speed that a run tells
+        assert cost(meta_model(recipe), active).train_flops > 0
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from m3 import cost, progress, seeing
 from m3.build import meta_model
 from m3.check import shrink
+from m3.model import M3Model
 from m3.network import Prepared
 from m3.plugins import View
 from m3.provenance import read_starts
@@ -71,7 +73,7 @@ def test_utilisation_is_the_share_of_what_matrix_products_alone_would_reach(monk
     monkeypatch.setattr(cost, "matmul_rate", lambda dtype, tries: 1e12)
     recipe = load_recipe("mae_tiny", ["train.precision=fp32"])
     flops = cost.cost(meta_model(recipe)).train_flops
-    assert cost.highest_speed(recipe, 3) == pytest.approx(3e12 / flops)
+    assert cost.highest_speed(recipe, 3, Console()) == pytest.approx(3e12 / flops)
 
 
 def test_what_a_drawn_objective_costs_is_weighted(monkeypatch) -> None:
@@ -91,9 +93,22 @@ def test_utilisation_is_worked_out_once_a_run_has_lasted(monkeypatch) -> None:
     assert len(asked) == 1
 
 
+def test_a_part_that_reads_values_only_leaves_utilisation_out(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(M3Model, "prepare", lambda self, batch, active: batch.keys.tolist())
+    recipe = shrink(load_recipe("mae_tiny"), Path("unused"))
+    asked = []
+    clock = progress.Clock(0, 8, lambda: asked.append(1) or cost.highest_speed(recipe, 1, Console(width=500)))
+    for step in (1, 2):
+        clock.since -= 40.0
+        assert "utilisation" not in clock.line(step, {}, 0.1, 1.0, {})
+    assert len(asked) == 1
+    said = capsys.readouterr().out
+    assert "can't be told: a part of the model reads values where there are only shapes (NotImplementedError: " in said
+
+
 def test_measuring_the_highest_speed_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
-    assert cost.highest_speed(shrink(load_recipe("mae_tiny"), Path("unused")), 1) > 0
+    assert cost.highest_speed(shrink(load_recipe("mae_tiny"), Path("unused")), 1, Console()) > 0
     assert torch.equal(torch.get_rng_state(), before)
 
 
