@@ -97,6 +97,8 @@ def _add_run_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command.add_argument("--by", choices=["step", "time"], default="step", help="horizontal axis (default step)")
     command = add("table", _table, "print finished runs side by side, in Markdown", recipe=False)
     command.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+    text = "labels that `m3 eval` read off the features of these runs or models, with their baselines"
+    command.add_argument("--features", action="store_true", help=text)
     command.add_argument("--first", type=int, default=None, metavar="N", help="only the first N figures of each")
     text = (
         "what runs had reached at equal steps and at equal training time (from their metrics); of models, or with "
@@ -131,7 +133,8 @@ def _add_model_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     command = add("eval", _eval, text, recipe=False)
     command.add_argument("model", help="folder of a model or of its run, or Hub id")
     command.add_argument("overrides", nargs="*", metavar="a.b=c", help="changes to `data`, `evaluate` or `seed`")
-    command.add_argument("--task", action="append", default=[], metavar="TYPE[:LABEL]", help="e.g. knn:shape, spread")
+    text = "e.g. spread, knn:shape, or with baselines probe:shape:random,raw,pca,majority"
+    command.add_argument("--task", action="append", default=[], metavar="TYPE[:LABEL]", help=text)
     command.add_argument("--data", default=None, metavar="SOURCE", help="world, digits, or a folder or manifest")
     command.add_argument("--out", default=None, help="folder for the report (default: eval in the model's folder)")
     text = "fine-tune with few and with many labels, from a model and from scratch, and draw the curve"
@@ -285,9 +288,12 @@ def _share(text: str, option: str = "--visible") -> float:
 
 
 def _table(options: argparse.Namespace) -> None:
-    from m3.table import print_table
+    from m3.table import print_feature_table, print_table
 
-    print_table(options.runs, options.first)
+    if options.features:
+        print_feature_table(options.runs)
+    else:
+        print_table(options.runs, options.first)
 
 
 def _tokenize(options: argparse.Namespace) -> None:

@@ -35,7 +35,7 @@ def measure(path: str, overrides: list[str], tasks: list[str], data: str | None,
     Args:
         path: folder of a model or of its run, or Hub id.
         overrides: `a.b=c`, changes to the recipe's `data`, `evaluate` and `seed`.
-        tasks: `TYPE` or `TYPE:LABEL` each, instead of the recipe's tasks.
+        tasks: `TYPE`, `TYPE:LABEL` or `TYPE:LABEL:BASELINE,...` each, instead of the recipe's tasks.
         data: `world`, `digits` or another source, or a folder or manifest; None: what the model was trained on.
         out: folder of the report; None: `eval` in the model's folder.
 
@@ -137,9 +137,12 @@ def measuring_recipe(path: Path, model: M3Model, overrides: list[str], tasks: li
 
 
 def _task(text: str) -> tuple[str, dict[str, Any]]:
-    """Read `TYPE` or `TYPE:LABEL`."""
-    kind, _, label = text.partition(":")
-    return (f"{kind} of {label}", {"type": kind, "label": label}) if label else (kind, {"type": kind})
+    """Read `TYPE`, `TYPE:LABEL` or `TYPE:LABEL:BASELINE,BASELINE`."""
+    kind, label, baselines, *_ = (*text.split(":", 2), "", "")
+    entry: dict[str, Any] = {"type": kind}
+    entry |= {"label": label} if label else {}
+    entry |= {"baseline": baselines.split(",")} if baselines else {}
+    return f"{kind} of {label}" if label else kind, entry
 
 
 def _home(path: Path) -> Path:

@@ -61,7 +61,7 @@ def compare_models(
     Args:
         paths: folders of models or of their runs, or Hub ids.
         overrides: `a.b=c`, changes to the sections `data`, `evaluate` and `seed` of the first model's recipe.
-        tasks: `TYPE` or `TYPE:LABEL` each; none: those of the first model's recipe that all models can be measured by.
+        tasks: as in `m3 eval`; none: those of the first model's recipe that all models can be measured by.
         data: as in `m3 eval`; None: what the first model was trained on.
         out: folder of the report.
 

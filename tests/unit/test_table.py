@@ -47,3 +47,40 @@ def test_a_finished_run_is_a_line(tmp_path, capsys):
 def test_another_folder_is_refused(tmp_path, capsys):
     assert main(["table", str(tmp_path)]) == 2
     assert "is no folder of a finished run" in capsys.readouterr().err
+
+
+def test_what_is_read_off_features_is_a_line_with_its_baselines(tmp_path, capsys):
+    recipe = shrink(load_recipe("mae_tiny"), tmp_path / "run")
+    train(recipe, is_shown=False)
+    tasks = ["--task", "probe:shape:random,raw", "--task", "knn:color:random,majority"]
+    assert main(["eval", str(tmp_path / "run"), *tasks, "evaluate.samples=16", "evaluate.fit_samples=40"]) == 0
+    capsys.readouterr()
+    assert main(["table", "--features", str(tmp_path / "run")]) == 0
+    head, _, probe, knn, _, caption = capsys.readouterr().out.strip().splitlines()
+    assert head == "| model | data | label | read by | features | fresh weights | raw values | most frequent |"
+    report = json.loads((tmp_path / "run" / "eval" / "report.json").read_text())["rows"]
+    rows = {(row["task"], row["baseline_name"]): row for row in report}
+    own = rows["probe of shape", "raw"]
+    low, high = (f"{100 * bound:.1f}" for bound in own["interval"])
+    cells = [cell.strip() for cell in probe.strip("|").split("|")]
+    assert cells[:4] == ["`run`", "world", "shape", "probe"]
+    assert cells[4] == f"**{100 * own['model']:.1f}** ({low} to {high})"
+    assert cells[7] == "", "this baseline was not asked for"
+    for cell, baseline in ((cells[5], "random"), (cells[6], "raw")):
+        value, sign = cell.split()
+        low, high = rows["probe of shape", baseline]["difference"]
+        assert value == f"{100 * rows['probe of shape', baseline]['baseline']:.1f}"
+        assert sign == ("+" if low > 0 else "-" if high < 0 else "=")
+    assert knn.split("|")[3:5] == [" color ", " knn "]
+    assert caption.startswith("Shares of held-out samples")
+
+
+def test_a_model_whose_features_were_not_measured_is_refused(tmp_path, capsys):
+    assert main(["table", "--features", str(tmp_path)]) == 2
+    assert f"{tmp_path} has not been measured; do it first (m3 eval {tmp_path} --task probe:LABEL)" in (
+        capsys.readouterr().err
+    )
+    text = {"facts": {"model": "m", "data": "world"}, "rows": []}
+    (tmp_path / "report.json").write_text(json.dumps(text))
+    assert main(["table", "--features", str(tmp_path)]) == 2
+    assert "no label was read off features" in capsys.readouterr().err
