@@ -16,6 +16,7 @@ from m3.data.world import FAR, Camera, Light, Object, Scene, WorldSource, captio
 from m3.data.world.caption import MARGIN, SEEN_PIXELS
 from m3.data.world.render import intersect
 from m3.data.world.scene import COLOURS, SHAPES
+from m3.data.world.source import Offer
 
 LIGHT = Light((0.0, 0.0, 1.0), strength=0.8, ambient=0.3)
 PICTURES = ("image", "depth", "semantic_map", "text")
@@ -297,3 +298,30 @@ def test_speed():
     for index in range(60):
         source.read(index)
     assert 60 / (time.process_time() - start) >= 100
+
+
+def test_a_close_camera_stands_where_it_stood_and_sees_a_sphere_at_two_thirds_of_the_height():
+    ball = thing(x=1.0, y=2.0, radius=0.5)
+    scene = scene_of(ball, height=1.5)
+    camera = scene.camera.close_to(ball)
+    assert camera.position == pytest.approx(scene.camera.position)
+    frame = render(replace(scene, camera=camera), 96, 96)
+    rows, columns = np.nonzero(frame.instance == 1)
+    # A sphere of radius r at distance d is seen under 2 asin(r / d); the picture under 2 atan(1.5 r / d).
+    far = math.dist(camera.position, ball.centre)
+    share = math.tan(math.asin(ball.radius / far)) / (1.5 * ball.radius / far)
+    for seen in (rows, columns):
+        assert seen.max() - seen.min() + 1 == pytest.approx(96 * share, abs=1.5)
+        assert seen.max() + seen.min() == pytest.approx(95, abs=2), "it is in the middle"
+
+
+def test_close_scenes_are_those_of_the_turning_camera():
+    offers = {
+        name: WorldSource(0, "train", 20, signals=("image",), offer=Offer(is_alone=True, is_close=name == "close"))
+        for name in ("turning", "close")
+    }
+    for index in range(20):
+        far, close = (source.read(index) for source in offers.values())
+        for label in ("shape", "color", "material"):  # where it moves to in the picture depends on the camera
+            assert close["labels"][label] == far["labels"][label]
+        assert not np.array_equal(far["signals"]["image"], close["signals"]["image"])

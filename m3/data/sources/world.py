@@ -31,7 +31,8 @@ class Options(Strict):
         fps: frames per second.
         sound_rate: samples of sound per second.
         points: of a cloud.
-        camera: `turning` on a slow circle, or `still`.
+        camera: `turning` on a slow circle; `still`; `close`: turning, and zoomed in on the object with the most pixels,
+            as one photographs a thing.
         objects: `all` of a scene, or of each scene only the `main` one, with the most pixels.
         text: a `caption`, or a `question` about colour or shape of the main object or the number of objects; a
             modality of type `answers` then gets the answer.
@@ -41,7 +42,7 @@ class Options(Strict):
     fps: PositiveFloat = USUAL.fps
     sound_rate: PositiveInt = USUAL.sound_rate
     points: PositiveInt = USUAL.points
-    camera: Literal["turning", "still"] = "turning"
+    camera: Literal["turning", "still", "close"] = "turning"
     objects: Literal["all", "main"] = "all"
     text: Literal["caption", "question"] = "caption"
 
@@ -55,6 +56,7 @@ class World(Source):
         chosen = {
             "is_alone": options.objects == "main",
             "is_camera_still": options.camera == "still",
+            "is_close": options.camera == "close",
             "is_asked": options.text == "question",
         }
         offer = Offer(**options.model_dump(exclude={"objects", "camera", "text"}), **chosen)

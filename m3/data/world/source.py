@@ -36,6 +36,7 @@ class Offer:
         points: of a cloud.
         is_alone: leave of each scene only the object with the most pixels.
         is_camera_still: the camera stays where it is at time 0.
+        is_close: the camera is aimed at the object with the most pixels and zoomed in.
         is_asked: the text is a question about the scene, and `answers` what ten people say, instead of a caption.
         features: values of a region's feature.
         classes: of a region's soft labels.
@@ -47,6 +48,7 @@ class Offer:
     points: int = 1024
     is_alone: bool = False
     is_camera_still: bool = False
+    is_close: bool = False
     is_asked: bool = False
     features: int = 192
     classes: int = 1 + len(SHAPES)
@@ -126,8 +128,11 @@ class WorldSource:
         main, duration = scene.objects[number], (self.offer.frames - 1) / self.offer.fps
         if self.offer.is_alone:
             scene, number = replace(scene, objects=(main,)), 0
+        if self.offer.is_close:
+            scene = replace(scene, camera=scene.camera.close_to(main))
+        if self.offer.is_alone or self.offer.is_close:
             frame = render(scene, self.height, self.width)
-            seen = np.bincount(frame.instance.ravel(), minlength=2) / frame.instance.size
+            seen = np.bincount(frame.instance.ravel(), minlength=len(scene.objects) + 1) / frame.instance.size
         labels = {
             "shape": SHAPES.index(main.shape),
             "color": list(COLOURS).index(main.colour),
