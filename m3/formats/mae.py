@@ -79,8 +79,9 @@ def with_decoder(
     tokens = (size[0] // patch[0], size[1] // patch[1])
     if not is_fixed(foreign.tensors[f"{theirs}decoder_pos_embed"], tokens, backbone["class_tokens"]):
         raise M3Error(
-            f"`{theirs}decoder_pos_embed` is not the fixed sin-cos table that ours has (transformers fills it in where "
-            f"it loads weights, not where it makes a model); give the encoder alone, without the decoder's tensors."
+            f"`{theirs}decoder_pos_embed` is not the fixed sin-cos table of {tokens[0]} x {tokens[1]} patches that "
+            f"ours has (transformers fills it in where it loads weights, not where it makes a model); give the encoder "
+            f"alone, without the decoder's tensors."
         )
     decoder = {"type": "self_decoder", "width": width, "depth": depth, "heads": heads}
     target = {"target": {"type": "values", "normalise": normalise}, "loss": "mse"}

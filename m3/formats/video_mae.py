@@ -35,8 +35,10 @@ class VideoMae(Format):
 
     def fits(self, foreign: Foreign) -> bool:
         """Know it by its config, or by its names."""
-        is_said = foreign.settings.get("model_type") == "videomae"
-        return is_said or "videomae.encoder.layer.0.attention.attention.q_bias" in foreign.shapes
+        told = foreign.settings.get("model_type")
+        return told == "videomae" or (
+            not told and "videomae.encoder.layer.0.attention.attention.q_bias" in foreign.shapes
+        )
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
         """Translate its config.

@@ -148,6 +148,24 @@ def test_auto_model_opens_what_is_written_and_encodes_the_same(size: int, eps: f
     with torch.no_grad():
         expected = opened(normalised, noise=noise).last_hidden_state
     torch.testing.assert_close(model.encode(batch).sequence, expected, rtol=0, atol=1e-5)
+    with quietly():
+        opened.save_pretrained(tmp_path / "alone")  # its names are those of a VideoMAE that is saved alone
+    alone = convert.convert(tmp_path / "alone")
+    assert (alone.format, alone.left) == ("vit_mae", {})
+    assert torch.equal(alone.model.encode(batch).sequence, model.encode(batch).sequence)
+
+
+def test_a_config_of_another_size_is_refused(tmp_path: Path) -> None:
+    theirs = vit_mae(32, 1e-6, True)
+    theirs.save_pretrained(tmp_path)
+    theirs.config.image_size = 48
+    theirs.config.save_pretrained(tmp_path)
+    with pytest.raises(M3Error, match=r"`decoder\.decoder_pos_embed` is not the fixed sin-cos table of 6 x 6 patches"):
+        convert.load(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    save_file({name: x for name, x in saved.items() if name.startswith("vit.")}, tmp_path / "model.safetensors")
+    with pytest.raises(M3Error, match=r"`vit\.embeddings\.position_embeddings` of shape \(1, 17, 48\) can't become"):
+        convert.load(tmp_path)
 
 
 def test_the_three_layouts_of_vit_mae_are_one(tmp_path: Path) -> None:
