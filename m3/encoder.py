@@ -96,7 +96,8 @@ class Encoder(PreTrainedModel):
             elif tower.spec.positions_every_block:
                 places[name] = self.marks.place(name, tokens[name], plan)
             x = x + self.marks.of(name, tokens[name], plan)
-            slots[name] = (self.input_norms[name](x) if name in self.input_norms else x).to(self.dtype)
+            x = x.to(self.dtype)
+            slots[name] = self.input_norms[name](x) if name in self.input_norms else x
         again = turns = None
         if tower.spec.positions_every_block:
             again = plan.pack({name: places.get(name, torch.zeros_like(x)).to(x.dtype) for name, x in slots.items()})

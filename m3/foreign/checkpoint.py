@@ -148,7 +148,10 @@ def read_foreign(path: str | Path) -> Foreign:
         found = sorted(p for p in path.iterdir() if p.suffix in FILES)
         file = file or (found[0] if len(found) == 1 else None)
         if file is None:
-            raise M3Error(f"{path} holds {len(found)} files of weights; give one of them, or a folder with {NAMES[1]}.")
+            count = len(found) or "no"
+            raise M3Error(
+                f"{path} holds {count} files of weights; give a file of weights, or a folder with {NAMES[1]}."
+            )
         settings = _settings(path)
     return replace(_opened(path, file, settings), license=_license(path, settings))
 
@@ -156,7 +159,10 @@ def read_foreign(path: str | Path) -> Foreign:
 def _opened(path: Path, file: Path, settings: dict[str, Any]) -> Foreign:
     """Open the file of weights that a path leads to."""
     if file.suffix == ".json":
-        names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
+        parts = _json(file).get("weight_map")
+        if not isinstance(parts, dict):
+            raise M3Error(f"{file} tells no `weight_map`, the names of the files of weights; fetch it again.")
+        names = sorted(set(parts.values()))
         return _safetensors(str(path), [path / name for name in names], settings)
     with open(file, "rb") as opened:
         begin = opened.read(9)
@@ -193,10 +199,21 @@ def _settings(folder: Path) -> dict[str, Any]:
     settings = {}
     for name in ("config.json", "open_clip_config.json"):
         if (folder / name).exists():
-            settings |= json.loads((folder / name).read_text())
+            settings |= _json(folder / name)
     if (folder / "preprocessor_config.json").exists():
-        settings["preprocessor"] = json.loads((folder / "preprocessor_config.json").read_text())
+        settings["preprocessor"] = _json(folder / "preprocessor_config.json")
     return settings
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """Read a file of settings."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no text
+        raise M3Error(f"{file} is no JSON ({error}); it is damaged: fetch it again.") from error
+    if not isinstance(found, dict):
+        raise M3Error(f"{file} is JSON, but holds no settings by name; fetch it again.")
+    return found
 
 
 def _license(path: Path, settings: dict[str, Any]) -> str | None:
@@ -217,6 +234,8 @@ def _safetensors(where: str, files: list[Path], settings: dict[str, Any]) -> For
         raise M3Error(
             f"{where} can't be read as safetensors ({error}); it is damaged or cut: fetch it again."
         ) from error
+    if not tensors:
+        raise M3Error(f"{where} is empty: it holds no tensors; give another file.")
     return Foreign(where, tensors, {name: tensors.shape(name) for name in tensors}, settings or dict(tensors.metadata))
 
 

@@ -34,12 +34,22 @@ def settings_of(foreign: Foreign) -> dict[str, Any]:
     """Return `config.json` with all that it leaves to defaults.
 
     Raises:
-        M3Error: there is none.
+        M3Error: there is none, or transformers does not take it.
     """
     if "model_type" not in foreign.settings:
         raise M3Error("its `config.json` is needed too; give the folder that holds both.")
     told = {key: value for key, value in foreign.settings.items() if key != "preprocessor"}
-    return AutoConfig.for_model(**told).to_dict()
+    try:
+        return AutoConfig.for_model(**told).to_dict()
+    except Exception as error:  # every check of transformers raises a kind of its own
+        said = " ".join(str(error).split())
+        raise M3Error(f"transformers does not take its `config.json` ({said}); fetch it again.") from error
+
+
+def colours_of(foreign: Foreign) -> dict[str, Any]:
+    """Return the `mean` and `std` that the preprocessor states, for the modality; nothing where it states none."""
+    told = foreign.settings.get("preprocessor", {})
+    return {name: tuple(told[f"image_{name}"]) for name in ("mean", "std") if told.get(f"image_{name}")}
 
 
 def tower_of(theirs: dict[str, Any]) -> dict[str, Any]:
@@ -79,15 +89,14 @@ def image_of(foreign: Foreign, theirs: dict[str, Any], mean: Any, std: Any) -> d
 
     Mean and deviation are those of the preprocessor; else the usual ones that are given, or 0.5 for other than colours.
     """
-    told, size, channels = foreign.settings.get("preprocessor", {}), theirs["image_size"], theirs["num_channels"]
+    size, channels = theirs["image_size"], theirs["num_channels"]
     if channels != 3:
         mean = std = (0.5,) * channels
     return {
         "type": "image",
         "size": size if isinstance(size, int) else tuple(size),
         "channels": channels,
-        "mean": tuple(told.get("image_mean") or mean),
-        "std": tuple(told.get("image_std") or std),
+        **{"mean": tuple(mean), "std": tuple(std)} | colours_of(foreign),
         "tokenizer": {"type": "patch", "size": theirs["patch_size"]},
         "positions": {"type": "learned"},
     }

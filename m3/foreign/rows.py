@@ -166,8 +166,7 @@ def read_rows(
         raise M3Error(f"{where}: {_first(missing)} missing; the file is not whole, or another model.")
     ours: dict[str, Tensor] = {}
     for row in rows:
-        found = row.read([tensors[name] for name in row.theirs])
-        for name, tensor in zip(row.ours, found, strict=True):
+        for name, tensor in zip(row.ours, _read(row, tensors, where), strict=True):
             if name not in shapes:
                 raise M3Error(f"{where}: {', '.join(row.theirs)} would be `{name}`, which the model has not.")
             if tensor.shape != shapes[name]:
@@ -180,6 +179,19 @@ def read_rows(
     if absent:
         raise M3Error(f"{where}: nothing gives {_first(absent)} of ours.")
     return ours, reasons
+
+
+def _read(row: Row, tensors: Mapping[str, Tensor], where: str) -> list[Tensor]:
+    """Read a row; sizes that its arithmetic does not fit are the user's to know."""
+    found = [tensors[name] for name in row.theirs]
+    try:
+        return row.read(found)
+    except (RuntimeError, IndexError) as error:
+        each = ", ".join(f"`{name}` of shape {tuple(x.shape)}" for name, x in zip(row.theirs, found, strict=True))
+        raise M3Error(
+            f"{where}: {each} can't become {', '.join(f'`{name}`' for name in row.ours)} ({error}); say what differs "
+            f"from the defaults or from its config.json (heads, size, ...)."
+        ) from error
 
 
 def write_rows(rows: list[Row], tensors: Mapping[str, Tensor], title: str) -> dict[str, Tensor]:

@@ -78,7 +78,11 @@ def with_decoder(
     size, patch = pair(image["size"]), pair(image["tokenizer"]["size"])
     tokens = (size[0] // patch[0], size[1] // patch[1])
     if not is_fixed(foreign.tensors[f"{theirs}decoder_pos_embed"], tokens, backbone["class_tokens"]):
-        raise M3Error("the decoder's positions are not the fixed sin-cos ones; take the encoder alone.")
+        raise M3Error(
+            f"`{theirs}decoder_pos_embed` is not the fixed sin-cos table of {tokens[0]} x {tokens[1]} patches that "
+            f"ours has (transformers fills it in where it loads weights, not where it makes a model); give the encoder "
+            f"alone, without the decoder's tensors."
+        )
     decoder = {"type": "self_decoder", "width": width, "depth": depth, "heads": heads}
     target = {"target": {"type": "values", "normalise": normalise}, "loss": "mse"}
     reconstruct = {"type": "reconstruct", "masking": {"type": "fixed", "visible": 0.25}, "decoder": decoder}

@@ -9,7 +9,7 @@ from typing import Any
 
 from m3.config import M3Config
 from m3.errors import M3Error
-from m3.foreign import vision
+from m3.foreign import hugging, vision
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.format import Format, ratio_of
 from m3.foreign.rows import Left, Row, one, permuted, same, shaped
@@ -35,8 +35,10 @@ class VideoMae(Format):
 
     def fits(self, foreign: Foreign) -> bool:
         """Know it by its config, or by its names."""
-        is_said = foreign.settings.get("model_type") == "videomae"
-        return is_said or "videomae.encoder.layer.0.attention.attention.q_bias" in foreign.shapes
+        told = foreign.settings.get("model_type")
+        return told == "videomae" or (
+            not told and "videomae.encoder.layer.0.attention.attention.q_bias" in foreign.shapes
+        )
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
         """Translate its config.
@@ -44,16 +46,13 @@ class VideoMae(Format):
         Raises:
             M3Error: there is none, or it asks for what ours has not.
         """
-        theirs = foreign.settings
-        if not theirs:
-            raise M3Error("its `config.json` is needed too; give the folder that holds both.")
-        if theirs.get("hidden_act", "gelu") != "gelu" or not theirs.get("qkv_bias", theirs.get("qv_bias", True)):
+        theirs = hugging.settings_of(foreign)
+        if theirs["hidden_act"] != "gelu" or not theirs.get("qkv_bias", theirs.get("qv_bias")):
             raise M3Error("only GELU and biases of queries and values are read.")
         width, ratio = theirs["hidden_size"], ratio_of(theirs["intermediate_size"], theirs["hidden_size"])
         video = {"size": theirs["image_size"], "channels": theirs["num_channels"], "frames": theirs["num_frames"]}
-        if "preprocessor" in theirs:
-            video |= {name: tuple(theirs["preprocessor"][f"image_{name}"]) for name in ("mean", "std")}
-        video["tokenizer"] = {"type": "tube", "size": theirs["patch_size"], "frames": theirs["tubelet_size"]}
+        tokenizer = {"type": "tube", "size": theirs["patch_size"], "frames": theirs["tubelet_size"]}
+        video |= {**hugging.colours_of(foreign), "tokenizer": tokenizer}
         backbone = {
             "width": width,
             "depth": theirs["num_hidden_layers"],
@@ -64,7 +63,7 @@ class VideoMae(Format):
         }
         if "encoder_to_decoder.weight" not in foreign.shapes:
             return video_config(video, backbone)
-        if not theirs.get("norm_pix_loss", True):
+        if not theirs["norm_pix_loss"]:
             raise M3Error("it predicts pixels in [0, 1] (`norm_pix_loss` false), and ours normalised ones.")
         width, hidden = theirs["decoder_hidden_size"], theirs["decoder_intermediate_size"]
         if int(width * ratio) != hidden:

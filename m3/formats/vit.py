@@ -180,7 +180,7 @@ def is_fixed(table: Tensor, tokens: tuple[int, int], prefix: int, order: str = "
     if width % 4:
         return False
     found = vision.table_of({"axis_order": order}, tokens, width, prefix)
-    return torch.allclose(table.float(), found, rtol=0, atol=1e-6)
+    return table.shape == found.shape and torch.allclose(table.float(), found, rtol=0, atol=1e-6)
 
 
 def square_or_none(count: int) -> int | None:

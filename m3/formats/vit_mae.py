@@ -10,7 +10,7 @@ from typing import Any
 
 from m3.config import M3Config
 from m3.errors import M3Error
-from m3.foreign import vision
+from m3.foreign import hugging, vision
 from m3.foreign.checkpoint import Foreign
 from m3.foreign.format import SHOWN, Format, backbone_of
 from m3.foreign.rows import Row, computed, same, shaped
@@ -53,11 +53,13 @@ class VitMae(Format):
         return is_said or {"decoder.decoder_embed.weight", "vit.embeddings.cls_token"} <= foreign.shapes.keys()
 
     def config(self, foreign: Foreign, given: dict[str, Any]) -> dict[str, Any]:
-        """Translate its config."""
-        theirs = foreign.settings
-        if not theirs:
-            raise M3Error("its `config.json` is needed too; give the folder that holds both.")
-        if theirs.get("hidden_act", "gelu") != "gelu" or not theirs.get("qkv_bias", True):
+        """Translate its config.
+
+        Raises:
+            M3Error: there is none, or it asks for what ours has not.
+        """
+        theirs = hugging.settings_of(foreign)
+        if theirs["hidden_act"] != "gelu" or not theirs["qkv_bias"]:
             raise M3Error("only GELU and biases in queries, keys and values are read.")
         width, patch, size = theirs["hidden_size"], theirs["patch_size"], theirs["image_size"]
         backbone: dict[str, Any] = {
@@ -69,10 +71,7 @@ class VitMae(Format):
             "norm_eps": theirs["layer_norm_eps"],
         }
         image: dict[str, Any] = {"type": "image", "size": size, "channels": theirs["num_channels"]}
-        image |= {
-            name: tuple(theirs["preprocessor"][f"image_{name}"]) for name in ("mean", "std") if "preprocessor" in theirs
-        }
-        image["tokenizer"] = {"type": "patch", "size": patch}
+        image |= {**hugging.colours_of(foreign), "tokenizer": {"type": "patch", "size": patch}}
         tokens = (pair(size)[0] // pair(patch)[0], pair(size)[1] // pair(patch)[1])
         if not is_fixed(foreign.tensors["vit.embeddings.position_embeddings"], tokens, 1):
             image["positions"], backbone["class_positions"] = {"type": "learned"}, True

@@ -85,7 +85,53 @@ def test_files_that_are_something_else_are_refused_in_one_sentence(tmp_path: Pat
         convert.load(tmp_path / "empty.pth")
     with pytest.raises(M3Error, match=r"nothing.pth is not there"):
         convert.load(tmp_path / "nothing.pth")
-    with pytest.raises(M3Error, match=r"holds \d+ files of weights; give one of them"):
+    with pytest.raises(M3Error, match=r"holds \d+ files of weights; give a file of weights"):
+        convert.load(tmp_path)
+
+
+def test_a_safetensors_file_or_a_folder_without_weights_says_so(tmp_path: Path) -> None:
+    save_file({}, tmp_path / "empty.safetensors")
+    with pytest.raises(M3Error, match=r"empty.safetensors is empty: it holds no tensors"):
+        convert.load(tmp_path / "empty.safetensors")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(M3Error, match=r"folder holds no files of weights; give a file of weights, or a folder with"):
+        convert.load(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors.index.json"])
+def test_settings_that_are_damaged_are_named(tmp_path: Path, name: str) -> None:
+    save_file(vit(), tmp_path / "model.safetensors")
+    for text, said in (("{ no", "is no JSON"), ("[1]", "is JSON, but holds no settings by name")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(M3Error, match=rf"{name} {said}"):
+            convert.load(tmp_path)
+    (tmp_path / name).write_bytes(b"\xff\xfe{")
+    with pytest.raises(M3Error, match=rf"{name} is no JSON"):
+        convert.load(tmp_path)
+    if "index" in name:
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(M3Error, match=rf"{name} tells no `weight_map`"):
+            convert.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("decoder.decoder_embed.weight", "vit.embeddings.cls_token"),
+        ("videomae.encoder.layer.0.attention.attention.q_bias",),
+    ],
+    ids=["ViTMAE", "VideoMAE"],
+)
+def test_weights_of_transformers_need_their_config(tmp_path: Path, names: tuple[str, ...]) -> None:
+    """Its safetensors files carry metadata, which are no config."""
+    file = tmp_path / "model.safetensors"
+    save_file({name: torch.zeros(1) for name in names}, file, metadata={"format": "pt"})
+    for path in (file, tmp_path):
+        with pytest.raises(M3Error, match=r"its `config\.json` is needed too; give the folder that holds both"):
+            convert.load(path)
+    kind = "videomae" if "videomae" in names[0] else "vit_mae"
+    (tmp_path / "config.json").write_text(f'{{"model_type": "{kind}", "hidden_size": "wide"}}')
+    with pytest.raises(M3Error, match=r"transformers does not take its `config\.json` \(.*hidden_size.*\); fetch it"):
         convert.load(tmp_path)
 
 

@@ -44,6 +44,14 @@ def normalised(model: M3Model, batch: Batch) -> Tensor:
     return model.modalities["image"].normalise(batch.signals["image"])
 
 
+def saved(kind: Any, config: Any, folder: Path) -> Any:
+    """A model of transformers with random weights, which it saved into the folder itself."""
+    peer = randomised(kind(config))
+    with quietly():
+        peer.save_pretrained(folder)
+    return peer
+
+
 def assert_same_states(model: M3Model, *peers: Any) -> None:
     """In both precisions the states of pictures are those of transformers' models, with or without a head."""
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-9)):

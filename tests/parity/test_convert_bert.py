@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertForPreTraining, BertModel
 
-from m3 import M3Processor, convert
+from m3 import M3Model, M3Processor, convert
 from m3.errors import M3Error
 from tests.parity.published import assert_equal, assert_refuses, quietly, randomised, word_pieces
 
@@ -62,6 +62,18 @@ def test_states_are_the_same_and_transformers_opens_what_is_written(tmp_path: Pa
             with torch.no_grad():
                 expected = other(input_ids=ids, attention_mask=is_valid).last_hidden_state[is_valid]
             torch.testing.assert_close(states, expected, rtol=0, atol=tolerance)
+
+
+def test_half_the_precision_gives_nearly_the_same_states(tmp_path: Path) -> None:
+    """The sum with positions is float32, the norm behind it is not."""
+    model = convert.load(saved(randomised(BertModel(BertConfig(**SMALL))), tmp_path / "in"))
+    model.save_pretrained(tmp_path / "ours")
+    with quietly():
+        half = M3Model.from_pretrained(tmp_path / "ours", dtype=torch.bfloat16)
+    batch = M3Processor(model.config.modalities)(text=SENTENCES)
+    states = half.encode(batch).sequence
+    assert states.dtype == torch.bfloat16
+    torch.testing.assert_close(states.float(), model.encode(batch).sequence, rtol=0, atol=0.15)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-9)])

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 from m3 import M3Model, convert
 from m3.errors import M3Error
 from m3.foreign.checkpoint import read_foreign
-from tests.parity.published import pictures, quietly, randomised
+from tests.parity.published import pictures, quietly, randomised, saved
 
 timm = pytest.importorskip("timm", reason="parity needs timm")
 VIT: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 2, "num_heads": 3, "num_classes": 7}
@@ -63,9 +63,7 @@ def test_logits_of_transformers_are_the_same_and_it_opens_what_is_written(kind: 
     }
     more: dict[str, Any] = {"image_size": 24, "patch_size": 8, "num_labels": 5, "layer_norm_eps": 1e-3}
     config = ViTConfig(**sizes, **more, problem_type=kind)  # type: ignore[arg-type]  # a str
-    theirs: Any = randomised(ViTForImageClassification(config))
-    with quietly():
-        theirs.save_pretrained(tmp_path / "in")
+    theirs = saved(ViTForImageClassification, config, tmp_path / "in")
     found = convert.convert(tmp_path / "in")
     assert (found.format, found.left) == ("hf_vit", {})
     convert.save(found.model, tmp_path / "out", "hf_vit")

@@ -19,7 +19,7 @@ from transformers import (
 
 from m3 import convert
 from m3.errors import M3Error
-from tests.parity.published import assert_equal, assert_refuses, normalised, pictures, quietly, randomised
+from tests.parity.published import assert_equal, assert_refuses, normalised, pictures, quietly, saved
 
 SENTENCES = ["a red cube", "Two large blue spheres behind a cone.", "x " * 40]
 VISION: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -33,9 +33,8 @@ OTHER = ({**VISION, "layer_norm_eps": 1e-3, "image_size": 24}, {**TEXT, "hidden_
 def test_outputs_are_the_same_and_transformers_opens_what_is_written(
     tmp_path: Path, vision: dict, text: dict, space: int
 ) -> None:
-    clip: Any = randomised(CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=space)))
-    with quietly():
-        clip.save_pretrained(tmp_path / "in")
+    config = CLIPConfig(vision_config=vision, text_config=text, projection_dim=space)
+    clip = saved(CLIPModel, config, tmp_path / "in")
     found = convert.convert(tmp_path / "in")
     assert (found.format, found.left, found.notes) == ("clip", {}, [])
     convert.save(found.model, tmp_path / "out", "clip")
@@ -61,9 +60,7 @@ def test_outputs_are_the_same_and_transformers_opens_what_is_written(
 
 @pytest.mark.parametrize("kind", [CLIPVisionModel, CLIPVisionModelWithProjection])
 def test_its_images_alone(tmp_path: Path, kind: type) -> None:
-    clip: Any = randomised(kind(CLIPVisionConfig(**VISION)))
-    with quietly():
-        clip.save_pretrained(tmp_path / "in")
+    clip = saved(kind, CLIPVisionConfig(**VISION), tmp_path / "in")
     found = convert.convert(tmp_path / "in")
     has_projection = kind is CLIPVisionModelWithProjection
     reason = "a projection to a space with text, whose tower is not here"
@@ -81,13 +78,11 @@ def test_its_images_alone(tmp_path: Path, kind: type) -> None:
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with quietly():
-        CLIPModel(CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=8)).save_pretrained(tmp_path)
+    saved(CLIPModel, CLIPConfig(vision_config=VISION, text_config=TEXT, projection_dim=8), tmp_path)
     assert_refuses(tmp_path, "model.safetensors", "text_model.final_layer_norm.bias")
     with pytest.raises(M3Error, match=r"its `config\.json` is needed too"):
         convert.convert(tmp_path / "model.safetensors")
-    with quietly():
-        other = CLIPConfig(vision_config={**VISION, "hidden_act": "relu"}, text_config=TEXT, projection_dim=8)
-        CLIPModel(other).save_pretrained(tmp_path)
+    other = CLIPConfig(vision_config={**VISION, "hidden_act": "relu"}, text_config=TEXT, projection_dim=8)
+    saved(CLIPModel, other, tmp_path)
     with pytest.raises(M3Error, match=r"its hidden_act is `relu`, but only gelu, quick_gelu"):
         convert.convert(tmp_path)

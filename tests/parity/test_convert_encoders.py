@@ -29,6 +29,7 @@ from tests.parity.published import (
     assert_same_states,
     quietly,
     randomised,
+    saved,
 )
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -49,10 +50,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_states_are_the_same_and_transformers_opens_what_is_written(tmp_path: Path, name: str) -> None:
-    kind, config = CASES[name]
-    peer = randomised(kind(config))
-    with quietly():
-        peer.save_pretrained(tmp_path / "in")
+    peer = saved(*CASES[name], tmp_path / "in")
     found = convert.convert(tmp_path / "in")
     is_dino = name.startswith("dino")
     assert found.format == ("dinov2" if is_dino else "hf_vit")
@@ -83,9 +81,7 @@ def test_names_as_version_5_has_them_in_memory_are_read(tmp_path: Path, name: st
     [("vit", "vit.layernorm.bias"), ("dino, gated", "encoder.layer.1.mlp.weights_in.bias")],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, name: str, missing: str) -> None:
-    kind, config = CASES[name]
-    with quietly():
-        kind(config).save_pretrained(tmp_path)
+    saved(*CASES[name], tmp_path)
     assert_refuses(tmp_path, "model.safetensors", missing)
     with pytest.raises(M3Error, match=r"its `config\.json` is needed too"):
         convert.convert(tmp_path / "model.safetensors")
@@ -93,7 +89,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, name: str, missing: str) -
 
 def test_a_gated_mlp_whose_width_is_rounded_up_is_refused(tmp_path: Path) -> None:
     """2 / 3 of 2 x 32 = 42 units, which they make 48 of."""
-    with quietly():
-        Dinov2Model(Dinov2Config(**SMALL, use_swiglu_ffn=True, mlp_ratio=2)).save_pretrained(tmp_path)
+    saved(Dinov2Model, Dinov2Config(**SMALL, use_swiglu_ffn=True, mlp_ratio=2), tmp_path)
     with pytest.raises(M3Error, match=r"mlp\.fc2\.weight` of shape \(32, 48\), but the model needs \(32, 42\)"):
         convert.convert(tmp_path)

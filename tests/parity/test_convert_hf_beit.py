@@ -30,6 +30,7 @@ from tests.parity.published import (
     pictures,
     quietly,
     randomised,
+    saved,
 )
 from tests.parity.published_beit import hidden_and_codes, tokenizer_for
 
@@ -57,10 +58,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_states_are_the_same_and_transformers_opens_what_is_written(tmp_path: Path, name: str) -> None:
-    kind, config = CASES[name]
-    peer = randomised(kind(config))
-    with quietly():
-        peer.save_pretrained(tmp_path / "in")
+    peer = saved(*CASES[name], tmp_path / "in")
     found = convert.convert(tmp_path / "in")
     assert found.format == ("hf_beit" if name.startswith("beit") else "hf_data2vec_vision")
     assert {key.split(".")[-2] for key in found.left} <= {"classifier", "layernorm", "embeddings"}
@@ -84,10 +82,7 @@ def test_names_as_version_5_has_them_in_memory_are_read(tmp_path: Path, name: st
 
 def pretrained(folder: Path) -> Any:
     sizes: dict[str, Any] = SMALL | SHARED | {"layer_norm_eps": 1e-5, "vocab_size": 16, "use_mask_token": True}
-    peer = randomised(BeitForMaskedImageModeling(BeitConfig(**sizes)))
-    with quietly():
-        peer.save_pretrained(folder)
-    return peer
+    return saved(BeitForMaskedImageModeling, BeitConfig(**sizes), folder)
 
 
 def test_beits_pretraining_has_the_same_loss_where_the_tokenizer_is_given(tmp_path: Path) -> None:
@@ -122,9 +117,7 @@ def test_beits_pretraining_without_a_tokenizer_is_its_encoder_with_the_norm_behi
     [("beit, shared", "beit.layernorm.bias"), ("data2vec", "data2vec_vision.encoder.layer.1.lambda_2")],
 )
 def test_what_does_not_fit_is_refused(tmp_path: Path, name: str, missing: str) -> None:
-    kind, config = CASES[name]
-    with quietly():
-        kind(config).save_pretrained(tmp_path)
+    saved(*CASES[name], tmp_path)
     bare = load_file(tmp_path / "model.safetensors")  # with prefixes as a head has them, strange names keep theirs
     prefix = missing.partition(".")[0]
     save_file({f"{prefix}.{name}": x for name, x in bare.items()}, tmp_path / "model.safetensors")
@@ -132,9 +125,8 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, name: str, missing: str) -
 
 
 def test_two_norms_in_a_row_and_no_positions_at_all_are_refused(tmp_path: Path) -> None:
-    with quietly():
-        BeitForMaskedImageModeling(BeitConfig(**LARGER | SHARED)).save_pretrained(tmp_path / "two")
-        BeitModel(BeitConfig(**{**SMALL, "use_relative_position_bias": False})).save_pretrained(tmp_path / "none")
+    saved(BeitForMaskedImageModeling, BeitConfig(**LARGER | SHARED), tmp_path / "two")
+    saved(BeitModel, BeitConfig(**{**SMALL, "use_relative_position_bias": False}), tmp_path / "none")
     with pytest.raises(M3Error, match=r"two norms behind its blocks"):
         convert.convert(tmp_path / "two")
     with pytest.raises(M3Error, match=r"either one relative bias for all blocks, or one for each, or absolute"):

@@ -13,7 +13,7 @@ from transformers import AutoModel, SiglipConfig, SiglipModel
 
 from m3 import M3Model, convert
 from m3.errors import M3Error
-from tests.parity.published import assert_equal, assert_refuses, normalised, pictures, quietly, randomised
+from tests.parity.published import assert_equal, assert_refuses, normalised, pictures, quietly, randomised, saved
 
 WORDS = "modalities.text.vocabulary=words:</s> " + " ".join(f"w{i}" for i in range(58))
 """60 ids; the first one is for unknown words, the second is the end."""
@@ -37,9 +37,7 @@ def ids_of(model: M3Model) -> torch.Tensor:
 def test_transformers_outputs_are_the_same_and_it_opens_what_is_written(
     tmp_path: Path, vision: dict, text: dict
 ) -> None:
-    peer: Any = randomised(SiglipModel(SiglipConfig(vision_config=vision, text_config=text)))
-    with quietly():
-        peer.save_pretrained(tmp_path / "in")
+    peer = saved(SiglipModel, SiglipConfig(vision_config=vision, text_config=text), tmp_path / "in")
     found = convert.convert(tmp_path / "in", [WORDS])
     assert (found.format, found.left) == ("siglip", {})
     convert.save(found.model, tmp_path / "out", "siglip")
@@ -62,8 +60,7 @@ def test_transformers_outputs_are_the_same_and_it_opens_what_is_written(
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
-    with quietly():
-        SiglipModel(SiglipConfig(vision_config=VISION, text_config=TEXT)).save_pretrained(tmp_path)
+    saved(SiglipModel, SiglipConfig(vision_config=VISION, text_config=TEXT), tmp_path)
     with pytest.raises(M3Error, match=r"which words the 60 ids are; give modalities\.text\.vocabulary"):
         convert.convert(tmp_path)
     (tmp_path / "tokenizer.json").write_text(tokenizer_json())

@@ -16,11 +16,17 @@ from m3.errors import M3Error
 from m3.types import Batch
 from tests.parity.published import assert_equal, assert_refuses, word_pieces
 
-D, HEADS, DEPTH, LENGTH, IDS, FEATURES, CLASSES = 24, 4, 2, 8, 17, 10, 6
+D, HEADS, DEPTH, HIDDEN, LENGTH, IDS, FEATURES, CLASSES = 24, 4, 2, 48, 8, 17, 10, 6
+PUBLISHED: dict[str, dict[str, int]] = {
+    "base": {"D": 768, "HEADS": 12, "DEPTH": 12, "HIDDEN": 3072},
+    "large": {"D": 1024, "HEADS": 16, "DEPTH": 24, "HIDDEN": 4096},
+}
+"""Both read BERT's 28 996 cased word pieces, 512 places, and features of 2048 with 1601 classes."""
 SENTENCES = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w0 w1"]
-TOKENS = [[2, 6, 7, 8, 3], [2, 9, 3], [2, 10, 11, 12, 13, 14, 15, 3]]
-"""[CLS] = 2, [SEP] = 3, w0 = 5; cut to 8."""
+TOKENS = [[2, 6, 7, 8, 3], [2, 9, 3], [2, 10, 11, 12, 13, 14, 15, 5, 6, 3]]
+"""[CLS] = 2, [SEP] = 3, w0 = 5."""
 REGIONS = [4, 2, 3]
+PREDICTED = ["words", "features", "labels"]
 
 
 def shapes() -> dict[str, tuple[int, ...]]:
@@ -37,8 +43,8 @@ def shapes() -> dict[str, tuple[int, ...]]:
     for n in range(DEPTH):
         block = f"uniter.encoder.layer.{n}"
         linear |= {f"{block}.attention.self.{name}": (D, D) for name in ("query", "key", "value")}
-        linear |= {f"{block}.attention.output.dense": (D, D), f"{block}.intermediate.dense": (2 * D, D)}
-        linear[f"{block}.output.dense"] = (D, 2 * D)
+        linear |= {f"{block}.attention.output.dense": (D, D), f"{block}.intermediate.dense": (HIDDEN, D)}
+        linear[f"{block}.output.dense"] = (D, HIDDEN)
         norms += [f"{block}.attention.output.LayerNorm", f"{block}.output.LayerNorm"]
     found: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in linear.items()}
     found |= {f"{name}.bias": (shape[0],) for name, shape in linear.items()}
@@ -133,11 +139,16 @@ def tables() -> list[Tensor]:
     return found
 
 
+def cut_tokens() -> list[list[int]]:
+    """The sentences at most LENGTH long, [SEP] still last."""
+    return [ids if len(ids) <= LENGTH else [*ids[: LENGTH - 1], 3] for ids in TOKENS]
+
+
 def batch_of(model: M3Model) -> Batch:
     return M3Processor(model.config.modalities)(text=SENTENCES, regions=[x.numpy() for x in tables()])
 
 
-@pytest.fixture(params=[{}, {"D": 36, "DEPTH": 3, "FEATURES": 11}], ids=["small", "larger"])
+@pytest.fixture(params=[{}, {"D": 36, "DEPTH": 3, "HIDDEN": 60, "FEATURES": 11, "LENGTH": 12}], ids=["small", "larger"])
 def sizes(request, monkeypatch):
     for name, value in request.param.items():
         monkeypatch.setitem(globals(), name, value)
@@ -155,33 +166,24 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@PRECISIONS
-def test_states_and_matching_are_the_same_and_every_tensor_goes_back(sizes, folder: Path, dtype, near) -> None:
-    found = convert.convert(folder, [f"backbone.heads={HEADS}"])
-    assert (found.format, found.left) == ("uniter", {})
-    convert.save(found.model, folder / "back.safetensors", "uniter")
-    assert_equal(load_file(folder / "back.safetensors"), weights())
-    slow, model = Slow(weights()), found.model.to(dtype=dtype)  # type: ignore[call-arg]
+def assert_same_states_and_matching(model: M3Model, slow: Slow, near: float) -> None:
+    """Of every sample, all tokens in sight."""
     states, matched = model.encode(batch_of(model)).states, model.match(batch_of(model))
-    for i, (ids, table) in enumerate(zip(TOKENS, tables(), strict=True)):
+    for i, (ids, table) in enumerate(zip(cut_tokens(), tables(), strict=True)):
         none = torch.zeros(len(table), dtype=torch.bool)
         expected = slow.encode(slow.text(ids), slow.regions(table, none))
         torch.testing.assert_close(states[i, : len(expected)].double(), expected, rtol=0, atol=near)
         assert matched[i].item() == pytest.approx(slow.match(expected).item(), abs=max(near, 1e-7))
 
 
-@PRECISIONS
-@pytest.mark.parametrize("name", ["words", "features", "labels"])
-def test_what_the_heads_say_of_hidden_words_and_regions_is_the_same(
-    sizes, folder: Path, name: str, dtype, near
-) -> None:
-    model: Any = convert.load(folder, [f"backbone.heads={HEADS}"]).to(dtype=dtype)  # type: ignore[call-arg]
-    slow, part, batch = Slow(weights()), model.objectives[name], batch_of(model)
-    hidden = {"text": torch.arange(LENGTH) % 3 == 1, "regions": torch.arange(max(REGIONS)) % 2 == 1}
+def assert_same_head(model: Any, slow: Slow, name: str, near: float) -> None:
+    """What one head says of every place, where some words or regions are hidden."""
+    part, batch, longest = model.objectives[name], batch_of(model), max(map(len, cut_tokens()))
+    hidden = {"text": torch.arange(longest) % 3 == 1, "regions": torch.arange(max(REGIONS)) % 2 == 1}
     if name == "words":
         hidden["regions"] = torch.zeros(max(REGIONS), dtype=torch.bool)
     else:
-        hidden["text"] = torch.zeros(LENGTH, dtype=torch.bool)
+        hidden["text"] = torch.zeros(longest, dtype=torch.bool)
     visible = {key: ~mask.expand(3, -1) for key, mask in hidden.items()}
     tokens, encoded = model._look(batch, visible, 0, part.view)
     (decoder,) = part.decoders.values()
@@ -189,11 +191,48 @@ def test_what_the_heads_say_of_hidden_words_and_regions_is_the_same(
     everything = torch.arange(len(hidden[place])).expand(3, -1)
     with torch.no_grad():
         found = decoder(encoded, tokens, everything)
-    for i, (ids, table) in enumerate(zip(TOKENS, tables(), strict=True)):
+    for i, (ids, table) in enumerate(zip(cut_tokens(), tables(), strict=True)):
         shown = [4 if hidden["text"][k] else number for k, number in enumerate(ids)]
         states = slow.encode(slow.text(shown), slow.regions(table, hidden["regions"][: len(table)]))
         own = states[: len(ids)] if name == "words" else states[len(ids) :]
         torch.testing.assert_close(found[i, : len(own)].double(), getattr(slow, name)(own), rtol=0, atol=near)
+
+
+@PRECISIONS
+def test_states_and_matching_are_the_same_and_every_tensor_goes_back(sizes, folder: Path, dtype, near) -> None:
+    found = convert.convert(folder, [f"backbone.heads={HEADS}"])
+    assert (found.format, found.left) == ("uniter", {})
+    convert.save(found.model, folder / "back.safetensors", "uniter")
+    assert_equal(load_file(folder / "back.safetensors"), weights())
+    assert_same_states_and_matching(found.model.to(dtype=dtype), Slow(weights()), near)  # type: ignore[call-arg]
+
+
+@PRECISIONS
+@pytest.mark.parametrize("name", PREDICTED)
+def test_what_the_heads_say_of_hidden_words_and_regions_is_the_same(
+    sizes, folder: Path, name: str, dtype, near
+) -> None:
+    model = convert.load(folder, [f"backbone.heads={HEADS}"]).to(dtype=dtype)  # type: ignore[call-arg]
+    assert_same_head(model, Slow(weights()), name, near)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_the_published_sizes_say_the_same_and_go_back(size: str, tmp_path: Path, monkeypatch) -> None:
+    """Nothing is given: the number of heads is the usual one of the width."""
+    for name, value in (PUBLISHED[size] | {"LENGTH": 512, "IDS": 28996, "FEATURES": 2048, "CLASSES": 1601}).items():
+        monkeypatch.setitem(globals(), name, value)
+    theirs = weights()
+    save_file(theirs, tmp_path / "model.safetensors")
+    (tmp_path / "tokenizer.json").write_text(word_pieces(IDS))
+    found, slow = convert.convert(tmp_path), Slow(theirs)
+    assert (found.format, found.left) == ("uniter", {})
+    assert_same_states_and_matching(found.model, slow, 1e-5)
+    for name in PREDICTED:
+        assert_same_head(found.model, slow, name, 1e-5)
+    del slow  # 2.7 GB
+    convert.save(found.model, tmp_path / "back.safetensors", "uniter")
+    assert_equal(load_file(tmp_path / "back.safetensors"), theirs)
 
 
 def test_it_goes_on_training_and_every_part_learns(folder: Path) -> None:

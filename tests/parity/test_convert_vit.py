@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from m3 import M3Model, convert
 from m3.errors import M3Error
 from m3.types import Batch
-from tests.parity.published import randomised
+from tests.parity.published import quietly, randomised
 
 timm = pytest.importorskip("timm", reason="parity needs timm")
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 3, "num_heads": 3, "num_classes": 0}
@@ -129,6 +129,43 @@ def test_vit_mae_of_transformers_has_the_same_loss_and_goes_back(size, eps, norm
             logits = logits.unflatten(-1, (64, 3)).transpose(-1, -2).flatten(-2)  # ours: channel first
             logits = logits.gather(1, asked[..., None].expand(-1, -1, logits.shape[-1]))
             torch.testing.assert_close(own, logits, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("size", "eps"), [(32, 1e-6), (48, 1e-3)])
+def test_auto_model_opens_what_is_written_and_encodes_the_same(size: int, eps: float, tmp_path: Path) -> None:
+    """Their encoder shuffles by the noise even where it hides nothing: rising noise keeps the order."""
+    from transformers import AutoModel, ViTMAEModel
+
+    vit_mae(size, eps, True).save_pretrained(tmp_path / "theirs")
+    model = convert.load(tmp_path / "theirs")
+    convert.save(model, tmp_path / "ours", "vit_mae")
+    with quietly():
+        opened = AutoModel.from_pretrained(tmp_path / "ours", mask_ratio=0.0).eval()
+    assert isinstance(opened, ViTMAEModel)
+    batch = Batch({"image": pictures(size, 3)}, keys=torch.arange(3))
+    normalised = model.modalities["image"].normalise(batch.signals["image"])
+    noise = torch.arange((size // 8) ** 2, dtype=torch.float32).expand(3, -1)
+    with torch.no_grad():
+        expected = opened(normalised, noise=noise).last_hidden_state
+    torch.testing.assert_close(model.encode(batch).sequence, expected, rtol=0, atol=1e-5)
+    with quietly():
+        opened.save_pretrained(tmp_path / "alone")  # its names are those of a VideoMAE that is saved alone
+    alone = convert.convert(tmp_path / "alone")
+    assert (alone.format, alone.left) == ("vit_mae", {})
+    assert torch.equal(alone.model.encode(batch).sequence, model.encode(batch).sequence)
+
+
+def test_a_config_of_another_size_is_refused(tmp_path: Path) -> None:
+    theirs = vit_mae(32, 1e-6, True)
+    theirs.save_pretrained(tmp_path)
+    theirs.config.image_size = 48
+    theirs.config.save_pretrained(tmp_path)
+    with pytest.raises(M3Error, match=r"`decoder\.decoder_pos_embed` is not the fixed sin-cos table of 6 x 6 patches"):
+        convert.load(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    save_file({name: x for name, x in saved.items() if name.startswith("vit.")}, tmp_path / "model.safetensors")
+    with pytest.raises(M3Error, match=r"`vit\.embeddings\.position_embeddings` of shape \(1, 17, 48\) can't become"):
+        convert.load(tmp_path)
 
 
 def test_the_three_layouts_of_vit_mae_are_one(tmp_path: Path) -> None:

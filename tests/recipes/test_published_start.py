@@ -50,6 +50,15 @@ def clip(file: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def trained_from(file: Path, name: str, capsys: pytest.CaptureFixture) -> tuple[str, dict[str, torch.Tensor], str]:
+    """What a step of the recipe said, the tensors it saved and their card."""
+    recipe = small(name, file.parent / "run", file, 1)
+    train(recipe)
+    said = " ".join(capsys.readouterr().out.split())
+    model = recipe.folder / "model"
+    return said, load_file(model / "model.safetensors"), (model / "README.md").read_text()
+
+
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """All but equal: one step of 1e-12."""
     return torch.allclose(found, expected.reshape(found.shape), rtol=0, atol=1e-7)
@@ -70,12 +79,9 @@ def resumed_is_the_same(recipe: Recipe, capsys: pytest.CaptureFixture) -> None:
 
 def test_mae_starts_from_a_vit_of_timm(tmp_path: Path, capsys) -> None:
     theirs = timms_vit(tmp_path / "vit.safetensors")
-    recipe = small("mae_vit_b_from_timm", tmp_path / "run", tmp_path / "vit.safetensors", 1)
-    train(recipe)
-    said = " ".join(capsys.readouterr().out.split())
+    said, own, card = trained_from(tmp_path / "vit.safetensors", "mae_vit_b_from_timm", capsys)
     assert f"tensors come from {tmp_path}/vit.safetensors (ViT in timm's names (timm, MAE's encoder));" in said
     assert "fresh: objectives.reconstruct; unused: objectives.classify" in said
-    own = load_file(recipe.folder / "model" / "model.safetensors")
     for block in (0, 1):
         for ours, name in (("attention.qkv", "attn.qkv"), ("attention.projection", "attn.proj"), ("norm2", "norm2")):
             for part in ("weight", "bias"):
@@ -87,19 +93,16 @@ def test_mae_starts_from_a_vit_of_timm(tmp_path: Path, capsys) -> None:
         own["backbone.prefix"] + own["backbone.prefix_positions"], theirs["cls_token"] + theirs["pos_embed"][:, :1]
     )
     assert close(own["positions.image.table"], theirs["pos_embed"][0, 1:].t())
-    assert "starting from `vit.safetensors`" in (recipe.folder / "model" / "README.md").read_text()
+    assert "starting from `vit.safetensors`" in card
 
 
 def test_flip_starts_from_a_clip_of_open_clip(tmp_path: Path, capsys) -> None:
     theirs = clip(tmp_path / "clip.safetensors")
-    recipe = small("flip_vit_b_from_clip", tmp_path / "run", tmp_path / "clip.safetensors", 1)
-    train(recipe)
-    said = " ".join(capsys.readouterr().out.split())
+    said, own, _ = trained_from(tmp_path / "clip.safetensors", "flip_vit_b_from_clip", capsys)
     assert f"tensors come from {tmp_path}/clip.safetensors (CLIP in open_clip's names" in said
     assert "fresh:" not in said
     assert "unused:" not in said
     assert "towers.photo.mlp is quick_gelu and seems to be gelu there; towers.words.mlp is quick_gelu and" in said
-    own = load_file(recipe.folder / "model" / "model.safetensors")
     for ours, name in (("photo", "visual.transformer"), ("words", "transformer")):
         for block in (0, 1):
             qkv = own[f"towers.{ours}.blocks.{block}.attention.qkv.weight"]
