@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ STATE = "state.json"
 CAN_OPEN_FOLDERS = os.name != "nt"
 BLOCK = 1 << 22
 Work = Callable[[], None]
+Shapes = Mapping[str, tuple[int, ...]]
 WRITTEN = (
     "recipe.yaml",
     "metrics.jsonl",
@@ -211,6 +212,22 @@ def check_same_order(saved: dict[str, Any], wanted: dict[str, Any], checkpoint: 
             f"{checkpoint} was trained on other data: {difference}, so some samples would be repeated and others left "
             f"out; resume with {_own_recipe(checkpoint)} or start anew without --resume."
         )
+
+
+def check_same_weights(saved: Shapes, wanted: Shapes, checkpoint: Path) -> None:
+    """Raise when a checkpoint's weights have other names or shapes than this version gives to those of its model."""
+    others = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+    if others:
+        reason = f"the names or shapes of {len(others)} weights are others, e.g. `{others[0]}`"
+        raise another_version(checkpoint, reason)
+
+
+def another_version(checkpoint: Path, reason: str) -> M3Error:
+    """Return the error of a checkpoint that this version can't read."""
+    return M3Error(
+        f"{checkpoint} was written by another version of M3: {reason}; use the version that wrote it, which "
+        f"{checkpoint.parent.parent / 'run.json'} names."
+    )
 
 
 def _own_recipe(checkpoint: Path) -> str:

@@ -5,16 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from m3.errors import M3Error
 from m3.network import Network
-from m3.processes import rank, whole
-from m3.sharded import fill, is_cut, own_part
+from m3.processes import rank
+from m3.sharded import fill, is_cut, own_part, whole
 from m3.types import Encoded
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 Teacher = dict[str, Tensor] | Callable[..., Encoded] | None
 """Name of a parameter -> its average, or, where that is cut up, what encodes tokens with it; None: there is none."""
@@ -101,14 +104,14 @@ def teacher_of(model: Network, average: Average | None, build: Callable[[], Netw
             "an objective learns from a moving average of the model, but the run keeps none; set train.ema, e.g. "
             "{start: 0.996, end: 1.0}."
         )
-    return _cut_up(build(), average, precision) if is_cut(average.weights[0]) else average.named(model)
+    first = average.weights[0]
+    return _cut_up(build(), average, first.device_mesh, precision) if is_cut(first) else average.named(model)
 
 
-def _cut_up(network: Network, average: Average, precision: Any) -> Callable[..., Encoded]:
+def _cut_up(network: Network, average: Average, mesh: DeviceMesh, precision: Any) -> Callable[..., Encoded]:
     """Cut a network up as the average is, let its weights be the average's tensors, and return what encodes tokens."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
-    mesh = average.weights[0].device_mesh  # type: ignore[attr-defined]  # a DTensor has it
     network.requires_grad_(False)
     for module in (*network.layers(), network):  # it never runs backward, so nothing stays gathered
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision or MixedPrecisionPolicy())

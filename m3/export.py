@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -28,15 +27,20 @@ def export(source: Path, out: Path, is_average: bool = False) -> None:
         is_average: the weights are those that `train.ema` averages (`model_ema` of a finished run), not the trained.
 
     Raises:
-        M3Error: there is no undamaged checkpoint, it holds no averaged weights, or `out` holds something.
+        M3Error: there is no undamaged checkpoint, another version wrote it, it holds no averaged weights, or `out`
+            holds something.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise M3Error(f"{out} exists already; name a new folder.")
     found = _find(source)
     state = checkpoint.read_state(found)
-    model = M3Model(M3Config(**state["model"], seed=state["order"]["seed"]))
+    try:
+        config = M3Config(**state["model"], seed=state["order"]["seed"])
+        config.about = {"recipe": state["recipe"], "steps": state["step"]}
+    except KeyError as error:
+        raise checkpoint.another_version(found, f"its {checkpoint.STATE} has no {error}") from error
+    model = M3Model(config)
     _load(found, model, is_average)
-    model.config.about = {"recipe": state["recipe"], "steps": state["step"]}
     with no_progress_bars():
         model.save_pretrained(out)
     M3Processor(model.config.modalities).save_pretrained(out)
@@ -59,31 +63,30 @@ def _find(source: Path) -> Path:
     raise M3Error(f"{source} holds no undamaged checkpoint; bring the folder back from a copy.")
 
 
+@torch.no_grad()
 def _load(found: Path, model: M3Model, is_average: bool) -> None:
     """Fill a model with the weights of a checkpoint."""
-    own = own_weights(model)
     averaged = {str(number): p.detach() for number, p in enumerate(model.parameters())} if is_average else {}
+    wanted = _named("model", own_weights(model)) | _named("ema", averaged)
     folder = found / sharded.FOLDER
-    if folder.is_dir():
-        _check_average(found, is_average, "ema.0" in sharded.shapes(folder))
-        sharded.read(folder, _named("model", own))
-        sharded.read(folder, _named("ema", averaged))
-        return
-    _check_average(found, is_average, (found / EMA).is_file())
-    _copy(load_file(found / MODEL), own)
-    _copy(load_file(found / EMA) if is_average else {}, averaged)
-
-
-def _check_average(found: Path, is_wanted: bool, is_there: bool) -> None:
-    if is_wanted and not is_there:
+    weights = {} if folder.is_dir() else _named("model", load_file(found / MODEL))
+    if is_average and (found / EMA).is_file():
+        weights |= _named("ema", load_file(found / EMA))
+    written = sharded.shapes(folder) if folder.is_dir() else _shapes(weights)
+    if is_average and "ema.0" not in written:
         raise M3Error(f"{found} holds no averaged weights, since train.ema was not set; leave out --ema.")
+    kinds = ("model.", "ema.") if is_average else ("model.",)
+    saved = {name: shape for name, shape in written.items() if name.startswith(kinds)}
+    checkpoint.check_same_weights(saved, _shapes(wanted), found)
+    for kind in kinds if folder.is_dir() else ():  # in turn, as the averaged weights take the place of the trained
+        sharded.read(folder, {name: tensor for name, tensor in wanted.items() if name.startswith(kind)})
+    for name, weight in weights.items():
+        wanted[name].copy_(weight)
 
 
-def _named(kind: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _named(kind: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{kind}.{name}": tensor for name, tensor in tensors.items()}
 
 
-@torch.no_grad()
-def _copy(weights: dict[str, Tensor], own: dict[str, Tensor]) -> None:
-    for name, weight in weights.items():
-        own[name].copy_(weight)
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

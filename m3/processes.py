@@ -50,11 +50,6 @@ def summed(x: Tensor) -> Tensor:
     return x
 
 
-def whole(x: Tensor) -> Tensor:
-    """Return all of a tensor that may be cut up over the processes; all of them must call it then."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x  # type: ignore[attr-defined]  # a DTensor has it
-
-
 def of_first(value: T) -> T:
     """Return what the first process gave; every process must call it."""
     held = [value]

@@ -30,7 +30,7 @@ from m3.errors import M3Error, nearest
 from m3.evaluate.task import Row
 from m3.foreign.checkpoint import named
 from m3.model import M3Model
-from m3.processes import gathered, in_all, of_first, whole
+from m3.processes import gathered, in_all, of_first
 from m3.processor import M3Processor
 from m3.progress import Lines, Skipped, no_progress_bars, not_finite
 from m3.recipe import Recipe, dump_recipe
@@ -156,7 +156,8 @@ class Saver:
         """
         self.finish()
         # Their norm is infinite or NaN where one of them is, and ten times faster than looking at each.
-        if not whole(torch.nn.utils.get_total_norm([p.detach() for p in self.parts.model.parameters()])).isfinite():
+        norm = torch.nn.utils.get_total_norm([p.detach() for p in self.parts.model.parameters()])
+        if not sharded.whole(norm).isfinite():
             raise not_finite(step, "the weights", checkpoint.newest(self.run))
         self.step = step
         fill, is_main = self._contents(step), self.accelerator.is_main_process

@@ -1,40 +1,52 @@
-"""Tensors that are cut up over processes (FSDP2), on disk: each process writes its own parts, any number reads them.
+"""Tensors that are cut up over processes (FSDP2), in memory and on disk.
 
-It is the safetensors format of torch.distributed.checkpoint: every file says which part of which tensor it holds, so
-nothing is unpickled, other processes can cut the tensors differently, and one alone can put them together.
+On disk each process writes its own parts, and any number of processes reads them. It is the safetensors format of
+torch.distributed.checkpoint: every file says which part of which tensor it holds, so nothing is unpickled, other
+processes can cut the tensors differently, and one alone can put them together.
 """
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FOLDER = "shards"
 """Where in a checkpoint the parts lie, one file per process."""
 
 
-def is_cut(tensor: Tensor) -> bool:
-    """Return True for a tensor of which this process holds only a part (a DTensor)."""
-    return hasattr(tensor, "device_mesh")
+def is_cut(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Return True for a tensor of which this process holds only a part."""
+    from torch.distributed.tensor import DTensor  # over half a second to import
+
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor that may be cut up over the processes; all of them must call it then."""
+    return tensor.full_tensor() if is_cut(tensor) else tensor
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """Return what this process holds of a tensor, in the same memory."""
-    return tensor.to_local() if is_cut(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.to_local() if is_cut(tensor) else tensor
 
 
 @torch.no_grad()
-def fill(tensor: Tensor, whole: Tensor) -> None:
+def fill(tensor: Tensor, value: Tensor) -> None:
     """Copy a whole tensor into one that may be cut up; nothing is sent."""
     if is_cut(tensor):
         from torch.distributed.tensor import distribute_tensor
 
-        mesh, placements = tensor.device_mesh, tensor.placements  # type: ignore[attr-defined]
-        whole = distribute_tensor(whole.to(tensor.device), mesh, placements, src_data_rank=None).to_local()
-    own_part(tensor).copy_(whole)
+        mesh, placements = tensor.device_mesh, tensor.placements
+        value = distribute_tensor(value.to(tensor.device), mesh, placements, src_data_rank=None).to_local()
+    own_part(tensor).copy_(value)
 
 
 def write(folder: Path, tensors: dict[str, Tensor]) -> None:
@@ -75,6 +87,7 @@ def read(folder: Path, tensors: dict[str, Tensor]) -> None:
 def shapes(folder: Path) -> dict[str, torch.Size]:
     """Return name -> shape of the whole tensor, of all that were written."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     written = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: tensor.size for name, tensor in written.items()}  # type: ignore[union-attr]  # all are tensors
+    return {name: tensor.size for name, tensor in written.items() if isinstance(tensor, TensorStorageMetadata)}

@@ -43,7 +43,7 @@ from m3.monitors import Health, Watch
 from m3.network import Prepared
 from m3.plugins import Pool
 from m3.preemption import Preempted, Preemption, explained
-from m3.processes import concatenate, gather, whole
+from m3.processes import concatenate, gather
 from m3.progress import HELD_OUT, METRICS, Clock, Lines, Skipped, cut, means
 from m3.provenance import note_start
 from m3.recipe import Recipe, TrainSpec, dump_recipe
@@ -51,6 +51,7 @@ from m3.resuming import restore
 from m3.saving import Parts, Saver, facts_of, save_model
 from m3.schedule import Plan, check_mix, drawn, learning_rate, make_optimizer, momentum, plan_run, set_rates
 from m3.seeing import padding, picture_of, progress_bar, show_line
+from m3.sharded import whole
 from m3.show import count_parameters
 from m3.types import Loss
 from m3.unused import Unused
