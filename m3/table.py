@@ -54,7 +54,9 @@ def print_feature_table(folders: list[str]) -> None:
         if not lines:
             raise M3Error(f"{folder}: no label was read off features; measure one (m3 eval RUN --task probe:LABEL).")
     shown = [name for name in BASELINES if any(name in rows for rows in lines.values())]
-    table = [("model", "data", "label", "read by", "features", *(BASELINES[name] for name in shown))]
+    table: list[tuple[str, ...]] = [
+        ("model", "data", "label", "read by", "features", *(BASELINES[name] for name in shown))
+    ]
     for about, rows in lines.items():
         own = next(iter(rows.values()))
         beside = (_beside(rows[name]) if name in rows else "" for name in shown)
