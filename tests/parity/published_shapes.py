@@ -1,9 +1,10 @@
 """The published checkpoints' names and shapes at their published sizes, for code that can't be installed.
 
 The tables are written by hand from the papers and the descriptions of the published files, and share nothing with the
-converters. What a description does not give is not guessed: VideoMAE v2's decoders (their depth) are not here, nor the
-names inside AudioMAE's Swin decoder, which is left out as a whole. Names of MAE-ST's own code, Point-MAE and the prefix
-of SimMIM's are those of their second derivations, with the papers' sizes. UNITER's sizes are in `test_convert_uniter.py`.
+converters. What a description does not give is not guessed: VideoMAE v2's decoders (their depth) are not here, nor
+the names inside AudioMAE's Swin decoder, which is left out as a whole. Names of MAE-ST's own code, Point-MAE and the
+prefix of SimMIM's are those of their second derivations, with the papers' sizes. UNITER's sizes are in
+`test_convert_uniter.py`.
 
 Letters: D width, d width of a decoder, n depth, p side of a patch, N tokens, V entries of a vocabulary.
 """

@@ -104,7 +104,9 @@ def test_beits_pretraining_has_the_same_loss_where_the_tokenizer_is_given(tmp_pa
     pixels = normalised(model, pictures(model)).to(dtype)
     with torch.no_grad():
         expected = peer(pixels, bool_masked_pos=is_hidden, labels=codes).loss
-        torch.testing.assert_close(model(prepared).loss, expected, rtol=near, atol=near, check_dtype=False)
+        torch.testing.assert_close(
+            model(prepared).loss, expected, rtol=max(near, 1e-7), atol=0, check_dtype=False
+        )  # float32
         assert again(pixels, bool_masked_pos=is_hidden, labels=codes).loss == expected
 
 
