@@ -5,7 +5,8 @@
     mask_token, decoder_cls_token, decoder_pos_embed_(class, spatial, temporal), decoder_embed, decoder_blocks.N.(as
     blocks), decoder_norm, decoder_pred
 
-Letters: D width, T, H, W tubes along the axes.
+The released files were written by other code (PySlowFast): their decoder is called `pred_head`, and its positions are
+one table of all tubes, which ours has not; of them the encoder is read. Letters: D width, T, H, W tubes along the axes.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class MaeSt(Format):
             "final_norm": "head.weight" not in shapes,
         }
         sections = {"modalities": {"video": video}, "backbone": backbone, "objectives": {}}
-        if "decoder_embed.weight" not in shapes:
+        if "decoder_embed.weight" not in shapes or _is_released(foreign):
             return sections
         values = channels * frames * height * across
         step = {} if shapes["decoder_pred.weight"][0] == values else {"step": 0}
@@ -105,6 +106,11 @@ class MaeSt(Format):
             *(permuted(f"decoder_pred.{part}", f"{DECODER}.output.{part}", order) for part in ("weight", "bias")),
         ]
 
+    def left_out(self, foreign: Foreign, config: M3Config) -> list[Left]:
+        """Name the decoder of a released file, too."""
+        reason = "the decoder of PySlowFast, with positions that ours has not"
+        return [*self.left, *([Left(r"(pred_head\.|decoder_|mask_token).*", reason)] if _is_released(foreign) else [])]
+
     def notes(self, foreign: Foreign, config: M3Config) -> list[str]:
         """Say what no tensor tells."""
         heads = (config.backbone or {})["heads"]
@@ -112,6 +118,11 @@ class MaeSt(Format):
             f"backbone.heads={heads}, 16 heads in the decoder and pixels of mean 0.45 and deviation 0.225 are the "
             f"code's own; change them if the model was made otherwise."
         ]
+
+
+def _is_released(foreign: Foreign) -> bool:
+    """True where PySlowFast wrote the file, with its decoder."""
+    return any(name.startswith("pred_head.") for name in foreign.shapes)
 
 
 def _decoder(config: M3Config, title: str) -> SelfDecoder.Spec:

@@ -18,6 +18,7 @@ SENTENCES = ["w1 w2 w3", "w4", "w5 w6 w7 w8 w9 w10 w0 w1"]
 SMALL: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"vocab_size": 17, "max_position_embeddings": 8}
 OTHER = {**SMALL, "layer_norm_eps": 1e-3, "hidden_act": "gelu_pytorch_tanh", "num_attention_heads": 2}
+OTHER |= {"hidden_size": 36, "intermediate_size": 80, "num_hidden_layers": 3}
 # [CLS] = 2, [SEP] = 3, w0 = 5; cut to 8.
 IDS = [[2, 6, 7, 8, 3, 0, 0, 0], [2, 9, 3, 0, 0, 0, 0, 0], [2, 10, 11, 12, 13, 14, 15, 3]]
 LENGTHS = [5, 3, 8]
@@ -35,7 +36,7 @@ def their_inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(IDS), torch.arange(8) < torch.tensor(LENGTHS).unsqueeze(1)
 
 
-@pytest.mark.parametrize("settings", [SMALL, OTHER], ids=["small", "another eps"])
+@pytest.mark.parametrize("settings", [SMALL, OTHER], ids=["small", "another eps and width"])
 @pytest.mark.parametrize("kind", [BertModel, BertForMaskedLM, BertForPreTraining])
 def test_states_are_the_same_and_transformers_opens_what_is_written(tmp_path: Path, kind: Any, settings: dict) -> None:
     if kind is not BertModel:  # heads have GELU

@@ -55,6 +55,10 @@ CASES = {
     "data2vec that classifies": (Data2VecVisionForImageClassification, Data2VecVisionConfig(**SMALL)),
 }
 
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "near"), [(torch.float32, 1e-5), (torch.float64, 1e-9)], ids=["float32", "float64"]
+)
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_states_are_the_same_and_transformers_opens_what_is_written(tmp_path: Path, name: str) -> None:
@@ -85,31 +89,37 @@ def pretrained(folder: Path) -> Any:
     return saved(BeitForMaskedImageModeling, BeitConfig(**sizes), folder)
 
 
-def test_beits_pretraining_has_the_same_loss_where_the_tokenizer_is_given(tmp_path: Path) -> None:
+@PRECISIONS
+def test_beits_pretraining_has_the_same_loss_where_the_tokenizer_is_given(tmp_path: Path, dtype, near: float) -> None:
     peer = pretrained(tmp_path / "in")
     found = convert.convert(tmp_path / "in", [tokenizer_for(tmp_path)])
     assert found.left.keys() == {"beit.layernorm.weight", "beit.layernorm.bias"}, "their second names"
-    prepared = found.model.prepare(pictures(found.model))
-    is_hidden, codes = hidden_and_codes(found.model, prepared)
-    pixels = normalised(found.model, pictures(found.model))
     convert.save(found.model, tmp_path / "out", "hf_beit")
     assert_equal(load_file(tmp_path / "out/model.safetensors"), load_file(tmp_path / "in/model.safetensors"))
     with quietly():
         again = BeitForMaskedImageModeling.from_pretrained(tmp_path / "out")
+    model, peer, again = found.model.to(dtype=dtype), peer.to(dtype), again.to(dtype)  # type: ignore[call-arg]
+    prepared = model.prepare(pictures(model))
+    is_hidden, codes = hidden_and_codes(model, prepared)
+    pixels = normalised(model, pictures(model)).to(dtype)
     with torch.no_grad():
         expected = peer(pixels, bool_masked_pos=is_hidden, labels=codes).loss
-        torch.testing.assert_close(found.model(prepared).loss, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(prepared).loss, expected, rtol=max(near, 1e-7), atol=0, check_dtype=False
+        )  # float32
         assert again(pixels, bool_masked_pos=is_hidden, labels=codes).loss == expected
 
 
-def test_beits_pretraining_without_a_tokenizer_is_its_encoder_with_the_norm_behind_it(tmp_path: Path) -> None:
+@PRECISIONS
+def test_beits_pretraining_without_a_tokenizer_is_its_encoder_and_its_norm(tmp_path: Path, dtype, near: float) -> None:
     peer = pretrained(tmp_path)
     found = convert.convert(tmp_path)
     assert "tokenizer" in found.left["lm_head.weight"]
-    batch = pictures(found.model)
+    model, peer = found.model.to(dtype=dtype), peer.to(dtype)  # type: ignore[call-arg]
+    batch = pictures(model)
     with torch.no_grad():
-        expected = peer.layernorm(peer.beit(normalised(found.model, batch)).last_hidden_state)
-    torch.testing.assert_close(found.model.encode(batch).sequence, expected, rtol=0, atol=1e-5)
+        expected = peer.layernorm(peer.beit(normalised(model, batch).to(dtype)).last_hidden_state)
+    torch.testing.assert_close(model.encode(batch).sequence, expected, rtol=0, atol=near)
 
 
 @pytest.mark.parametrize(
