@@ -1,16 +1,18 @@
 """Run under torchrun: gradients of one global batch of 8, however it is cut; written by the main process.
 
-python gradients.py FOLDER MICRO_BATCH PROCESSES RECIPE...      writes FOLDER/RECIPE.safetensors of each
+python gradients.py FOLDER MICRO_BATCH PROCESSES DTYPE RECIPE...      writes FOLDER/RECIPE.safetensors of each
 """
 
 import gc
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
+from torch import nn
 
 from m3 import load_recipe
 from m3.data.loader import Order, Samples, train_loader
@@ -21,6 +23,29 @@ GLOBAL = 8
 
 
 SMALL = ["data.samples=40", "backbone.width=64", "backbone.heads=4", "backbone.depth=2"]
+
+
+def use_float64() -> None:
+    """Compute in float64 what the code computes in float32, also where it says so."""
+    to = torch.Tensor.to
+
+    def wider(x: Any) -> Any:
+        return torch.float64 if x is torch.float32 else x
+
+    def to_wider(self: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        return to(self, *map(wider, arguments), **{name: wider(value) for name, value in options.items()})
+
+    torch.set_default_dtype(torch.float64)
+    torch.Tensor.to = to_wider
+    torch.Tensor.float = torch.Tensor.double
+
+
+def in_default(batch: Batch) -> Batch:
+    """Bring what was read to the type that is computed in."""
+    dtype = torch.get_default_dtype()
+    signals = {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.signals.items()}
+    times = {name: x.to(dtype) for name, x in batch.times.items()}
+    return replace(batch, signals=signals, times=times)
 
 
 def with_one_modality(batch: Batch) -> Batch:
@@ -35,12 +60,13 @@ def measure(accelerator: Accelerator, name: str, out: Path, micro: int) -> None:
     beside = Path(__file__).with_name(f"{name}.yaml")
     recipe = load_recipe(beside) if beside.is_file() else load_recipe(name, SMALL)
     model = build_model(recipe)
+    nn.Module.to(model, torch.get_default_dtype())
     if model.has_teacher:
         model.teacher = {name: 1.1 * parameter.detach() for name, parameter in model.named_parameters()}
     network = accelerator.prepare(model)
     samples = Samples(open_source(recipe, model, "train"), model.modalities, recipe.data, recipe.seed)
     order = Order(len(samples.source), recipe.seed, micro, GLOBAL // (micro * world), rank, world, start=3, stop=4)
-    batches = list(train_loader(samples, order, workers=0))
+    batches = [in_default(batch) for batch in train_loader(samples, order, workers=0)]
     if name == "disjoint":
         batches = [with_one_modality(batch) for batch in batches]
     prepared = [model.prepare(batch) for batch in batches]
@@ -57,8 +83,10 @@ def measure(accelerator: Accelerator, name: str, out: Path, micro: int) -> None:
     gc.collect()
 
 
-def main(folder: Path, micro: int, processes: int, names: list[str]) -> None:
+def main(folder: Path, micro: int, processes: int, dtype: str, names: list[str]) -> None:
     torch.set_num_threads(1)
+    if dtype == "float64":
+        use_float64()
     accelerator = Accelerator(cpu=True)
     assert accelerator.num_processes == processes, f"{accelerator.num_processes} processes run instead of {processes}"
     for name in names:  # in `uniter` pairs of neighbours are mismatched, so no micro-batch may part them
@@ -67,4 +95,4 @@ def main(folder: Path, micro: int, processes: int, names: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], sys.argv[5:])
