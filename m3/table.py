@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from m3.errors import M3Error
+from m3.inputs import open_model
 from m3.measure import name_of
 from m3.metrics import Line, duration, read_lines
-from m3.model import M3Model
 from m3.plugins import View
 from m3.recipe import load_recipe
 from m3.show import count_parameters
@@ -94,7 +94,7 @@ def _beside(row: dict[str, Any]) -> str:
 def _row(run: Path, first: int | None) -> tuple[str, ...]:
     if not (run / "model" / "config.json").is_file() or not (run / "metrics.jsonl").is_file():
         raise M3Error(f"{run} is no folder of a finished run; train it first (m3 train RECIPE).")
-    recipe, model = load_recipe(run / "recipe.yaml"), M3Model.from_pretrained(run / "model")
+    recipe, (model, _) = load_recipe(run / "recipe.yaml"), open_model(str(run / "model"))
     lines = read_lines(run)
     last = next((line for line in reversed(lines) if line.held_out), Line(0, 0.0))
     results = [f"{name}: {value:.3f} ({last.baselines[name]:.3f})" for name, value in last.held_out.items()]
