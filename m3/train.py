@@ -318,8 +318,9 @@ def whole_model(accelerator: Accelerator, recipe: Recipe, model: M3Model) -> M3M
     """
     if accelerator.distributed_type.name == "DEEPSPEED":
         raise M3Error(
-            "DeepSpeed's engine can't be used, since it moves the weights before a step can be judged; launch with "
-            "recipes/accelerate/zero2.yaml or fsdp2.yaml, which share out the same without it."
+            "DeepSpeed's engine can't be used: under Accelerate it moves the weights before a step can be judged, and "
+            "checkpoints can't hold its optimizer; launch with recipes/accelerate/zero2.yaml or fsdp2.yaml, which "
+            "share out the same without it."
         )
     if accelerator.distributed_type.name != "FSDP":
         return model

@@ -31,6 +31,7 @@ from survival import (
     log_of,
     lost_steps,
     polled,
+    small_disk,
     tear,
     tiny,
 )
@@ -41,7 +42,7 @@ from m3.preemption import EXIT_CODE
 ROOT = Path(__file__).parents[2]
 
 
-KINDS = ("kills", "signals", "disk", "flips", "worker", "ranks", "shards", "remote")
+KINDS = ("kills", "signals", "disk", "read-only", "flips", "worker", "ranks", "shards", "remote")
 
 
 class Report:
@@ -176,12 +177,9 @@ def _ask_all(kind: int) -> None:
 def disk(folder: Path, report: Report) -> None:
     """Fill the disk in the middle of a run, and make room again before its end."""
     place = folder / "small"
-    place.mkdir()
-    how = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
-    if subprocess.run(how, capture_output=True, timeout=60).returncode:
-        print("disk: a tmpfs can't be mounted here, so nothing was tried")
-        return
-    try:
+    with small_disk(place) as is_there:
+        if not is_there:
+            return
         calm = {"evaluate__every": None}
         reference = tiny(RECIPES[0], folder / "roomy", **calm)
         finish(reference)
@@ -213,8 +211,38 @@ def disk(folder: Path, report: Report) -> None:
             said = f"a full tmpfs of 24 MiB from step 5 to 10, 2 checkpoints refused {where}"
             lost = lost_steps(recipe, reference)
             report(f"full disk, saved {where}", said, found, 2, lost, samples_of(reference, lost))
-    finally:
-        subprocess.run(["umount", str(place)], check=True, timeout=60)
+
+
+def read_only(folder: Path, report: Report) -> None:
+    """Let the run folder be read-only in the middle of a run, which stops the superuser too."""
+    calm, place = {"evaluate__every": None}, folder / "run"
+    with small_disk(place) as is_there:
+        if not is_there:
+            return
+        reference, recipe = tiny(RECIPES[0], folder / "roomy", **calm), tiny(RECIPES[0], place, **calm)
+        finish(reference)
+
+        def remount(how: str) -> None:
+            subprocess.run(["mount", "-o", f"remount,{how}", str(place)], check=True, timeout=60)
+
+        def allow() -> None:
+            assert [path.name for path in checkpoint.whole_ones(place)] == ["step-00000003"]
+            assert checkpoint.damage(checkpoint.folder_of(place, 3)) is None
+            remount("rw")
+
+        def hooks() -> None:
+            at_step(5, lambda: remount("ro"))()
+            at_step(11, allow)()
+
+        finish(recipe, hooks)
+        log = " ".join(log_of(recipe).read_text().split())
+        for step in (6, 9):
+            assert f"the checkpoint of step {step} can't be written to {place / 'checkpoints'}: " in log, log
+        assert "[Errno 30] Read-only file system" in log, log
+        assert log.count("the one before it, step-00000003, is whole. Training goes on without") == 2, log
+        found, lost = differences(recipe, reference), lost_steps(recipe, reference)
+        said = "a run folder that is read-only from step 5 to 10, 2 checkpoints refused"
+        report("read-only folder", said, found, 2, lost, samples_of(reference, lost))
 
 
 def flips(folder: Path, count: int, seed: int, report: Report) -> None:
@@ -343,7 +371,8 @@ def main() -> int:
                 counted[kind](folder, getattr(options, kind), options.seed, report)
             else:
                 folder.mkdir(parents=True)
-                {"disk": disk, "worker": worker, "ranks": ranks, "remote": failing_remote}[kind](folder, report)
+                others = {"disk": disk, "read-only": read_only, "worker": worker}
+                (others | {"ranks": ranks, "remote": failing_remote})[kind](folder, report)
     report.print_table()
     return 0 if report.is_clean else 1
 

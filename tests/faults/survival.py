@@ -10,10 +10,12 @@ import faulthandler
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +103,21 @@ def finish(recipe: Recipe, before: Callable[[], None] = lambda: None) -> None:
     """Run or resume a recipe to its end."""
     code = ended(fork(recipe, before))
     assert code == 0, f"exit code {code}: {log_of(recipe).read_text()[-2000:]}"
+
+
+@contextmanager
+def small_disk(place: Path) -> Iterator[bool]:
+    """Mount a tmpfs of 24 MiB on a new folder for as long as the context lasts; False where this user may not."""
+    place.mkdir()
+    how = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(place)]
+    is_there = subprocess.run(how, capture_output=True, timeout=60).returncode == 0
+    if not is_there:
+        print("a tmpfs can't be mounted here, so nothing was tried")
+    try:
+        yield is_there
+    finally:
+        if is_there:
+            subprocess.run(["umount", str(place)], check=True, timeout=60)
 
 
 def at_step(step: int, act: Callable[[], None]) -> Callable[[], None]:

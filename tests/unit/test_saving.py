@@ -202,7 +202,7 @@ def test_a_full_disk_ends_the_run_if_the_recipe_says_so_or_at_its_end(
     assert steps_of(tmp_path) == list(range(1, step))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+@pytest.mark.skipif(os.geteuid() == 0, reason="only a read-only disk stops the superuser: see tests/faults")
 def test_a_folder_that_may_not_be_written_is_a_warning(tmp_path: Path, capsys) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints").chmod(0o500)
