@@ -319,8 +319,8 @@ def whole_model(accelerator: Accelerator, recipe: Recipe, model: M3Model) -> M3M
     if accelerator.distributed_type.name == "DEEPSPEED":
         raise M3Error(
             "DeepSpeed's engine can't be used: under Accelerate it moves the weights before a step can be judged, and "
-            "its optimizer does not fit M3's checkpoints; launch with recipes/accelerate/zero2.yaml or fsdp2.yaml, which "
-            "share out the same without it."
+            "M3's checkpoints can't hold its optimizer; launch with recipes/accelerate/zero2.yaml or fsdp2.yaml, "
+            "which share out the same without it."
         )
     if accelerator.distributed_type.name != "FSDP":
         return model
