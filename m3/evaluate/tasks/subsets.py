@@ -128,6 +128,7 @@ class Subsets(Task):
             left.scatter(np.full(is_there.sum(), column), places[is_there], s=18, color="0.2")
             left.scatter(np.full((~is_there).sum(), column), places[~is_there], s=4, color="0.8")
         left.set_xticks(range(len(self.inputs)), self.inputs, rotation=90, fontsize=8)
+        left.tick_params(labeltop=True)
         left.set_yticks([])
         for side in left.spines.values():
             side.set_visible(False)
@@ -136,7 +137,8 @@ class Subsets(Task):
             [self.matrix[subset][1] for subset in order], places, "o", color="C1", ms=3, label="the subset's own"
         )
         right.set_xlabel(f"accuracy of {self.spec.label}", fontsize=8)
-        right.margins(y=0.01)
+        for side in (left, right):
+            side.set_ylim(-1, len(order))
         right.legend(fontsize=8, loc="lower right")
         right.grid(axis="x", alpha=0.3)
         return {f"{self.name}: every subset of the inputs": figure}
