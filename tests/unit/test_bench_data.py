@@ -41,7 +41,12 @@ def test_every_source_of_a_mixture_has_its_own_rate(tmp_path: Path, capsys) -> N
         for i in range(4):
             Image.fromarray(np.full((40, 48, 3), i, np.uint8)).save(tmp_path / name / f"{i}.jpg")
     parts = {name: {"source": "folder", "root": str(tmp_path / name)} for name in ("a", "b")}
-    overrides = ["data.source=mixture", f"data.options={json.dumps({'sources': parts})}", "data.workers=0"]
+    overrides = [
+        "data.source=mixture",
+        "data.options=",
+        f"data.options={json.dumps({'sources': parts})}",
+        "data.workers=0",
+    ]
     assert main(["bench", "data", "mae_tiny", *overrides, "data.held_out=0", "--rounds", "1"]) == 0
     shown = capsys.readouterr().out
     for row in ("one process", "1 worker", "source a, one process", "source b, one process"):

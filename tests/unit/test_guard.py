@@ -80,9 +80,9 @@ def test_the_samples_are_those_of_the_step(tmp_path: Path, monkeypatch) -> None:
     seen: list[list[str]] = []
     to_device = trainer.Skipped.count
 
-    def counting(self, batch):
+    def counting(self, batch, **about):
         seen.append(list(batch.ids))
-        return to_device(self, batch)
+        return to_device(self, batch, **about)
 
     monkeypatch.setattr(trainer.Skipped, "count", counting)
     poison(monkeypatch, {3}, "gradient")
