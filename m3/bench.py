@@ -48,7 +48,7 @@ def bench(
         rounds: how often everybody is measured, in turn, so that a slow minute of the machine hits all.
         batch: B, the samples of a measured step; None: the recipe's micro-batch, at most 8 on a CPU.
     """
-    recipes = [_with_batch(recipe, batch) for recipe in recipes]
+    recipes = [with_batch(recipe, batch) for recipe in recipes]
     recipe, is_alone = recipes[0], len(recipes) == 1
     peers: dict[str, tuple[Callable[..., dict[str, float]], Recipe]] = {
         "m3" if is_alone else each.name: (_measure_ours, each) for each in recipes
@@ -77,7 +77,7 @@ def bench(
     return result
 
 
-def _with_batch(recipe: Recipe, batch: int | None) -> Recipe:
+def with_batch(recipe: Recipe, batch: int | None) -> Recipe:
     """Set B, the samples of a measured step: the given ones, or the recipe's micro-batch, at most 8 on a CPU."""
     count = recipe.train.micro_batch or recipe.train.batch_size
     batch = batch or (count if torch.cuda.is_available() else min(count, 8))
@@ -85,8 +85,8 @@ def _with_batch(recipe: Recipe, batch: int | None) -> Recipe:
 
 
 def micro_batch(recipe: Recipe) -> int:
-    """Return B, the samples of a measured step, of a recipe that `_with_batch` made."""
-    assert recipe.train.micro_batch is not None, "`_with_batch` sets it"
+    """Return B, the samples of a measured step, of a recipe that `with_batch` made."""
+    assert recipe.train.micro_batch is not None, "`with_batch` sets it"
     return recipe.train.micro_batch
 
 

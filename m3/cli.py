@@ -195,7 +195,7 @@ def _bench(options: argparse.Namespace) -> None:
     overrides = [word for word in options.overrides if "=" in word]
     recipes = [load_recipe(name, overrides) for name in (options.recipe, *others)]
     if options.overhead:
-        overhead(recipes[0], options.steps, options.json)
+        overhead(recipes[0], options.steps, options.json, options.batch)
         return
     bench(recipes, options.against, options.json, options.steps, options.rounds, options.batch)
 

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from m3.bench import micro_batch, with_batch
 from m3.model import M3Model
 from m3.progress import METRICS, read_json_lines
 from m3.recipe import Recipe, recipe_from
@@ -24,16 +25,18 @@ COUNTED = ((M3Model, "forward"), (Accelerator, "backward"), (torch.optim.AdamW, 
 """What is not overhead."""
 
 
-def overhead(recipe: Recipe, steps: int, as_json: bool) -> dict[str, Any]:
+def overhead(recipe: Recipe, steps: int, as_json: bool, batch: int | None = None) -> dict[str, Any]:
     """Train for some steps, print and return the share of a step that is none of forward, backward and optimizer.
 
     Nothing is evaluated, and of the data only waiting counts. On a GPU every part waits until it is done.
 
     Args:
-        recipe: its micro-batch is that of the step; without a data folder it reads the embedded world.
+        recipe: without a data folder it reads the embedded world.
         steps: that are timed, after a first one; the median counts.
         as_json: print JSON instead of a sentence.
+        batch: samples of a step; None: the recipe's micro-batch, at most 8 on a CPU.
     """
+    recipe = with_batch(recipe, batch)
     spent: list[float] = [0.0]
     before = psutil.cpu_times()
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
@@ -48,6 +51,7 @@ def overhead(recipe: Recipe, steps: int, as_json: bool) -> dict[str, Any]:
     now = psutil.cpu_times()
     result = {
         "recipe": recipe.name,
+        "batch": micro_batch(recipe),
         "seconds_per_step": statistics.median(found),
         "overhead": statistics.median(share - wait for share, wait in zip(shares, waits, strict=True)),
         "data_wait": statistics.median(waits),
@@ -62,7 +66,7 @@ def _short(recipe: Recipe, out: Path, steps: int) -> Recipe:
     for key in ("epochs", "milestones", "keep_best", "save_every", "keep_every"):
         settings["train"].pop(key, None)
     settings["train"] |= {"steps": steps, "log_every": 1, "warmup": 0, "trackers": [], "micro_batch": None}
-    settings["train"]["batch_size"] = recipe.train.micro_batch or recipe.train.batch_size
+    settings["train"]["batch_size"] = micro_batch(recipe)
     settings["evaluate"] = {"tasks": {}, "preview_rows": 1}
     if recipe.data.root is None:
         settings["data"] = {"source": "world", "workers": recipe.data.workers}
@@ -98,7 +102,7 @@ def _now() -> float:
 
 def _sentence(result: dict[str, Any]) -> str:
     return (
-        f"{result['recipe']}: {result['overhead']:.1%} of a step of {result['seconds_per_step']:.3f} s is neither "
-        f"forward, backward nor optimizer, and {result['data_wait']:.1%} waiting for data; meanwhile "
+        f"{result['recipe']}: {result['overhead']:.1%} of a step of {result['seconds_per_step']:.3f} s (batch "
+        f"{result['batch']}) is neither forward, backward nor optimizer, and {result['data_wait']:.1%} waiting for data; meanwhile "
         f"{result['machine_idle']:.0%} of the machine's processors were idle"
     )

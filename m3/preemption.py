@@ -6,6 +6,7 @@ import functools
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -52,10 +53,20 @@ class Preemption:
         _let_the_next_one_kill(number, frame)
 
 
-def spare_worker(_: int) -> None:
-    """Let a loader's worker outlive the first signal: schedulers send it to all processes of a job."""
+def prepare_worker(_: int) -> None:
+    """Let a loader's worker outlive the first signal, which schedulers send to all processes of a job, but not the run.
+
+    A worker that is handing over a batch when the run is killed would wait for ever, and keep its memory.
+    """
     for number in SIGNALS:
         signal.signal(number, _let_the_next_one_kill)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:  # another one adopts orphans
+        time.sleep(1)
+    os._exit(1)
 
 
 def _let_the_next_one_kill(_: int, __: FrameType | None) -> None:

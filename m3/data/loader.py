@@ -24,7 +24,7 @@ from m3.data.mixup import Mixup
 from m3.data.source import Drawn, Sample, Source, check_labels, with_labels
 from m3.errors import M3Error, nearest
 from m3.plugins import Crop, Modality
-from m3.preemption import spare_worker
+from m3.preemption import prepare_worker
 from m3.random import stream_number
 from m3.recipe import DataSpec
 from m3.signals import Look
@@ -369,7 +369,7 @@ def train_loader(samples: Samples, order: Iterable[Any], workers: int, timeout: 
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if workers else None,
         timeout=timeout if workers else 0,
-        worker_init_fn=spare_worker,
+        worker_init_fn=prepare_worker,
         generator=torch.Generator().manual_seed(samples.seed),  # else starting it draws from the run's random numbers
     )
     for batch in loader:

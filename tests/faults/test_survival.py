@@ -8,6 +8,7 @@ import tempfile
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from m3.errors import M3Error
@@ -94,6 +95,34 @@ def test_the_first_signal_is_noted_and_the_second_left_to_the_system_and_handler
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_worker_ends_with_the_run_that_was_killed_while_it_handed_over_a_batch(tmp_path: Path) -> None:
+    script = tmp_path / "loads.py"
+    script.write_text(
+        """
+import os, signal, time
+from torch.utils.data import DataLoader
+from m3.preemption import prepare_worker
+
+class Large:
+    def __len__(self): return 9
+    def __getitem__(self, index): return "x" * 1_000_000  # more than a pipe holds
+
+if __name__ == "__main__":
+    batches = iter(DataLoader(Large(), collate_fn=list, num_workers=2, worker_init_fn=prepare_worker))
+    next(batches)
+    print(*(worker.pid for worker in batches._workers), flush=True)
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
+    with open(tmp_path / "said", "w") as said:  # not a pipe, which the workers would hold open
+        code = subprocess.run([sys.executable, script], stdout=said, stderr=subprocess.DEVNULL).returncode
+    numbers = [int(number) for number in (tmp_path / "said").read_text().split()]
+    assert len(numbers) == 2 and code == -signal.SIGKILL
+    workers = [psutil.Process(number) for number in numbers if psutil.pid_exists(number)]
+    assert psutil.wait_procs(workers, timeout=20)[1] == [], "they wait for ever to hand over"
 
 
 def test_training_in_another_thread_leaves_signals_alone(tmp_path: Path) -> None:
