@@ -103,6 +103,6 @@ def _now() -> float:
 def _sentence(result: dict[str, Any]) -> str:
     return (
         f"{result['recipe']}: {result['overhead']:.1%} of a step of {result['seconds_per_step']:.3f} s (batch "
-        f"{result['batch']}) is neither forward, backward nor optimizer, and {result['data_wait']:.1%} waiting for data; meanwhile "
-        f"{result['machine_idle']:.0%} of the machine's processors were idle"
+        f"{result['batch']}) is neither forward, backward nor optimizer, and {result['data_wait']:.1%} waiting for "
+        f"data; meanwhile {result['machine_idle']:.0%} of the machine's processors were idle"
     )

@@ -120,7 +120,8 @@ if __name__ == "__main__":
     with open(tmp_path / "said", "w") as said:  # not a pipe, which the workers would hold open
         code = subprocess.run([sys.executable, script], stdout=said, stderr=subprocess.DEVNULL).returncode
     numbers = [int(number) for number in (tmp_path / "said").read_text().split()]
-    assert len(numbers) == 2 and code == -signal.SIGKILL
+    assert len(numbers) == 2
+    assert code == -signal.SIGKILL
     workers = [psutil.Process(number) for number in numbers if psutil.pid_exists(number)]
     assert psutil.wait_procs(workers, timeout=20)[1] == [], "they wait for ever to hand over"
 
