@@ -19,7 +19,7 @@ def is_to_measure(paths: list[str]) -> bool:
 
 
 def compare(runs: list[Path]) -> list[dict[str, Any]]:
-    """Print one row per run and return the same figures.
+    """Print what the runs had reached, a column for each, and return the same figures, one row per run.
 
     The steps are the most that all runs were evaluated at; the time is that of the run that trained the shortest, and
     counts the last evaluation of each run within it.
@@ -66,24 +66,24 @@ def _evaluations(run: Path) -> list[Line]:
 
 
 def _print(rows: list[dict[str, Any]], tasks: list[str], step: int, seconds: float) -> None:
-    table = Table(title=f"Held-out samples after {step} steps, and after {seconds:.0f} s of training")
-    table.add_column("run")
-    columns = ["seconds", *(f"{task}\nat {step} steps" for task in tasks)]
-    columns += [f"steps in {seconds:.0f} s", *(f"{task}\nin {seconds:.0f} s" for task in tasks)]
-    for column in columns:
-        table.add_column(column, justify="right")
-    for row in rows:
-        at_step, at_time = row["at step"], row["at time"]
-        cells = [f"{at_step['seconds']:.0f}", *(f"{at_step[task]:.3f}" for task in tasks)]
-        if at_time is None:
-            cells += ["none yet", *("" for _ in tasks)]
-        else:
-            cells += [str(at_time["step"]), *(f"{at_time[task]:.3f}" for task in tasks)]
-        table.add_row(row["run"], *cells)
     console = Console()
-    console.print(table)
+    console.print(_table(f"after {step} steps", "seconds", "at step", rows, tasks))
+    console.print(_table(f"after {seconds:.0f} s of training", "step", "at time", rows, tasks))
     console.print(
         "From metrics.jsonl; with --task, --data or a.b=c the models are measured on the same samples.",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _table(title: str, first: str, when: str, rows: list[dict[str, Any]], tasks: list[str]) -> Table:
+    """Make a table of a column per run: `first`, which is `step` or `seconds`, then the tasks."""
+    table = Table(title=f"Held-out samples {title}", title_justify="left")
+    table.add_column("")
+    for row in rows:
+        table.add_column(row["run"], justify="right", overflow="fold")
+    found = [row[when] for row in rows]
+    table.add_row(first, *("none yet" if one is None else f"{one[first]:.0f}" for one in found))
+    for task in tasks:
+        table.add_row(task, *("" if one is None else f"{one[task]:.3f}" for one in found))
+    return table

@@ -19,6 +19,7 @@ from m3.encoder import Encoder
 from m3.errors import M3Error, nearest, read_settings, within
 from m3.layer import Layer
 from m3.masker import Masker
+from m3.overrides import merge
 from m3.partners import check_swap, draw_partners, swap_of, swapped
 from m3.parts import build_spec
 from m3.plugins import Coupled, Modality, Objective, Pool, Tokenizer, View
@@ -106,10 +107,13 @@ class Network(Encoder):
         check_readers(self.reader_of, tokenizers, self.modalities, self.tower_of)
         self.positions = nn.ModuleDict()
         objectives = {}
+        settled = {}
         for name, entry in (config.objectives or {}).items():
             part, settings = build_spec("objectives", entry, f"objectives.{name}")
             with within(f"objectives.{name}"):
                 objectives[name] = part(settings, tokenizers, spec)
+            settled[name] = merge(entry, objectives[name].pinned)
+        config.objectives = settled
         for name, objective in objectives.items():
             with within(f"objectives.{name}"):
                 objective.borrow(objectives)

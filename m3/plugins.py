@@ -278,6 +278,11 @@ class Objective(nn.Module, ABC):
     """Names of the parts of the loss, in the order in which `forward` returns them."""
     marks: Any = None  # the `m3.positions.Marks` that the network adds to tokens; set by the model
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: dict[str, Any] = {}
+        """Settings that are known only once it is built, as those of `Tokenizer`; saved in the config."""
+
     @property
     def predicts(self) -> str:
         """What it learns to say, in a few words, for tables."""

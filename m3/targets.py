@@ -35,6 +35,7 @@ class Target:
         has_gaps: some of its values may be unknown (NaN or -1).
         is_relative: its values say nothing of a token's mean and contrast.
         is_signal: `restore` turns predictions into what the modality's tokens hold, so that they can be drawn.
+        pinned: settings that are known only once it is built, as those of `Tokenizer`; saved in the config.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -43,6 +44,7 @@ class Target:
         self.kind, self.classes = tokenizer.signal.kind, tokenizer.signal.classes
         self.has_gaps = tokenizer.signal.has_gaps
         self.is_relative, self.is_signal = False, True
+        self.pinned: dict[str, Any] = {}
 
 
 class Values(Target):
@@ -228,16 +230,20 @@ class Codes(Target):
 
         Attributes:
             tokenizer: model folder of the tokenizer's run. The modality must have the tokenizer's own settings.
+            hash: of its weights, filled in when the model is built, so that a later change is noticed.
+            config: the tokenizer's, filled in likewise, which gives the number of codes where the folder is gone.
         """
 
         tokenizer: str
+        hash: str | None = None
+        config: dict[str, Any] | None = None
 
     def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
-        from m3.tokenizer_model import describe
+        from m3.tokenizer_model import pin
 
         super().__init__(tokenizer)
         self.spec = spec
-        described = describe(spec.tokenizer)
+        described, self.pinned = pin(spec.tokenizer, spec.hash, spec.config)
         if described.modality.signal != tokenizer.signal or prod(described.grid) != prod(tokenizer.reference):
             raise M3Error(
                 f"the tokenizer in `{spec.tokenizer}` makes {prod(described.grid)} codes of "
@@ -264,7 +270,8 @@ class Codes(Target):
     def _on(self, device: torch.device) -> Any:
         """Load the tokenizer when it is first used, and take it to where the signals are."""
         if self._frozen is None:
-            from m3.tokenizer_model import M3Tokenizer
+            from m3.tokenizer_model import M3Tokenizer, check_fingerprint
 
+            check_fingerprint(self.spec.tokenizer, self.pinned["hash"])
             self._frozen = M3Tokenizer.from_pretrained(self.spec.tokenizer)
         return self._frozen if self._frozen.model.device == device else self._frozen.to(device)

@@ -122,12 +122,34 @@ def describe(path: str | Path) -> M3Tokenizer:
     Raises:
         M3Error: there is none.
     """
-    try:
-        config = M3Config.from_pretrained(path)
-    except OSError as error:
-        raise missing(path, error) from None
+    return pin(path)[0]
+
+
+def pin(
+    path: str | Path, expected: str | None = None, config: dict[str, Any] | None = None
+) -> tuple[M3Tokenizer, dict[str, Any]]:
+    """Return the tokenizer of a folder without memory for its weights, and what a model notes of it in its config.
+
+    A model that has both notes is built without the folder; what has to encode or decode then says that it lacks it.
+
+    Args:
+        path: model folder of the tokenizer's run.
+        expected: the noted hash of its weights, so that a later change is noticed; None: any.
+        config: the tokenizer's noted config, which gives the shape where the folder is gone.
+
+    Raises:
+        M3Error: there is none, or it is another one.
+    """
+    if config is not None and expected is not None and not (Path(path) / WEIGHTS).is_file():
+        described, found = M3Config.from_dict(config), expected
+    else:
+        try:
+            described = M3Config.from_pretrained(path)
+        except OSError as error:
+            raise missing(path, error) from None
+        found = check_fingerprint(path, expected)
     with torch.device("meta"):
-        return M3Tokenizer(M3Model(config))
+        return M3Tokenizer(M3Model(described)), {"hash": found, "config": described.to_diff_dict()}
 
 
 def fingerprint(path: str | Path) -> str:
@@ -163,5 +185,6 @@ def missing(path: str | Path, error: OSError | None = None) -> M3Error:
     cause = f" ({str(error).splitlines()[0]})" if error else ""
     return M3Error(
         f"there is no tokenizer in `{path}`{cause}; give the model folder of a run with an `autoencode` objective, "
-        f"e.g. runs/tokenizer_image_fsq/model after `m3 train tokenizer_image_fsq`."
+        f"e.g. runs/tokenizer_image_fsq/model after `m3 train tokenizer_image_fsq`; a relative path starts at the "
+        f"current folder."
     )

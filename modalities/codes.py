@@ -41,17 +41,19 @@ class Codes(Modality):
         Attributes:
             path: model folder of the tokenizer's run.
             hash: of its weights, filled in when the model is built, so that a later change is noticed.
+            config: the tokenizer's, filled in likewise: a model that is given code numbers needs no tokenizer.
         """
 
         path: str
         hash: str | None = None
+        config: dict[str, Any] | None = None
 
     def __init__(self, spec: Spec) -> None:
         super().__init__(spec)
-        from m3.tokenizer_model import check_fingerprint, describe
+        from m3.tokenizer_model import pin
 
-        self._stamp = check_fingerprint(spec.path, spec.hash)
-        described = describe(spec.path)
+        described, notes = pin(spec.path, spec.hash, spec.config)
+        self._stamp: str = notes["hash"]
         self.inner, self.codes, self.grid = described.modality, described.codes, described.grid
         self.extensions = tuple(dict.fromkeys((".npy", *self.inner.extensions)))
         self.is_two_way = described.is_two_way
@@ -62,10 +64,10 @@ class Codes(Modality):
 
     @classmethod
     def resolve(cls, settings: dict[str, Any]) -> dict[str, Any]:
-        """Fill in the hash of the tokenizer's weights."""
-        from m3.tokenizer_model import check_fingerprint
+        """Fill in the tokenizer's config and the hash of its weights."""
+        from m3.tokenizer_model import pin
 
-        return {**settings, "hash": check_fingerprint(settings["path"], settings.get("hash"))}
+        return {**settings, **pin(settings["path"], settings.get("hash"), settings.get("config"))[1]}
 
     @property
     def signal(self) -> Signal:
@@ -164,6 +166,7 @@ def _coloured(codes: Tensor, is_known: Tensor | None) -> np.ndarray:
 @cache
 def _load(path: str, stamp: str) -> M3Tokenizer:
     """Load a tokenizer once per process; `stamp`, its hash, tells apart what was in the folder one after the other."""
-    from m3.tokenizer_model import M3Tokenizer
+    from m3.tokenizer_model import M3Tokenizer, check_fingerprint
 
+    check_fingerprint(path, stamp)
     return M3Tokenizer.from_pretrained(path)

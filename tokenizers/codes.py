@@ -29,25 +29,25 @@ class Codes(Tokenizer):
         Attributes:
             path: model folder of the tokenizer's run. The modality must have the tokenizer's own settings.
             hash: of its weights, filled in when the model is built, so that a later change is noticed.
+            config: the tokenizer's, filled in likewise, which gives the shapes where the folder is gone.
         """
 
         path: str
         hash: str | None = None
+        config: dict[str, Any] | None = None
 
     value_width = 1
 
     def __init__(self, spec: Spec, signal: Signal, width: int) -> None:
         super().__init__(spec, signal, width)
-        from m3.tokenizer_model import check_fingerprint, describe
+        from m3.tokenizer_model import pin
 
-        found = check_fingerprint(spec.path, spec.hash)
-        described = describe(spec.path)
+        described, self.pinned = pin(spec.path, spec.hash, spec.config)
         if described.modality.signal != signal:
             raise M3Error(
                 f"the tokenizer in `{spec.path}` reads {described.modality.signal}, but the modality gives {signal}; "
                 f"give the modality the settings that the tokenizer was trained with."
             )
-        self.pinned = {"hash": found}
         self.given = signal
         self.signal = Signal("classes", 1, described.grid, described.codes)
         self.reference, self.axes, self.output_width = described.grid, len(described.grid), described.codes
@@ -86,7 +86,8 @@ class Codes(Tokenizer):
     def _on(self, device: torch.device) -> Any:
         """Load the tokenizer when it is first used, and take it to where the signals are."""
         if self._frozen is None:
-            from m3.tokenizer_model import M3Tokenizer
+            from m3.tokenizer_model import M3Tokenizer, check_fingerprint
 
+            check_fingerprint(self.spec.path, self.pinned["hash"])
             self._frozen = M3Tokenizer.from_pretrained(self.spec.path)
         return self._frozen if self._frozen.model.device == device else self._frozen.to(device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, nearest, within
+from m3.overrides import merge
 from m3.parts import build_spec
 from m3.plugins import Objective, Predictor, Strict, Tokenizer, View
 from m3.points import chamfer
@@ -91,6 +92,8 @@ class Reconstruct(Predictor):
             tokenizer = tokenizers[modality]
             part, settings = build_spec("targets", target.target, f"targets.{name}.target")
             provider = self.providers[name] = part(settings, tokenizer)
+            if notes := said(provider, "pinned", {}):
+                self.pinned = merge(self.pinned, {"targets": {name: {"target": notes}}})
             self._lenders[name] = (target.decoder or spec.decoder).get("same_as", "")
             if not self._lenders[name]:
                 decoder, settings = build_spec("decoders", target.decoder or spec.decoder, f"targets.{name}.decoder")

@@ -239,7 +239,12 @@ def test_runs_at_equal_steps_and_equal_time(tmp_path: Path, capsys):
         },
     ]
     assert main(["compare", str(slow_run), str(fast_run)]) == 0
-    assert "after 4 steps, and after 5 s of training" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    at_step, at_time = printed.split("after 4 steps")[1].split("after 5 s of training")
+    assert "seconds 6 3" in at_step
+    assert "r 0.400 0.300" in at_step
+    assert "step 2 6" in at_time
+    assert "r 0.200 0.500" in at_time
 
 
 def test_what_can_not_be_compared_is_named(tmp_path: Path, capsys):

@@ -20,6 +20,7 @@ from m3.modalities.semantic_map import SemanticMap
 from m3.recipe import load_recipe, recipe_from
 from m3.tokenize_data import tokenize
 from m3.train import build_model, train
+from m3.types import Batch
 
 ROOT = Path(__file__).parents[2]
 TINY = ["backbone.width=32", "backbone.depth=1", "backbone.heads=2", "objectives.autoencode.coder.depth=1"]
@@ -300,9 +301,24 @@ def test_another_tokenizer_in_the_same_place_is_noticed(run: Path, tmp_path: Pat
     save_file(state, weights, metadata={"format": "pt"})
     with pytest.raises(M3Error, match=f"is not the one this model was built with \\(hash .*, not {pinned}\\)"):
         M3Model.from_pretrained(tmp_path / "model")
+
+
+def test_a_model_that_moved_away_from_its_tokenizer_is_built_and_says_what_it_lacks(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "moved")
+    model = build_model(recipe_from(with_codes(tmp_path / "moved", tmp_path / "out"), "test"))
+    model.save_pretrained(tmp_path / "model")
     shutil.rmtree(tmp_path / "moved")
-    with pytest.raises(M3Error, match=r"there is no tokenizer in `.*moved/model`; give the model folder of a run"):
-        M3Model.from_pretrained(tmp_path / "model")
+    loaded = M3Model.from_pretrained(tmp_path / "model")
+    state = model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
+    batch = Batch({"depth": torch.eye(16).unsqueeze(0)}, torch.zeros(1, dtype=torch.long))
+    lacking = r"there is no tokenizer in `.*moved/model`.*; give the model folder of a run .* starts at the current"
+    with pytest.raises(M3Error, match=lacking):
+        loaded.reconstruct(batch)
+    shutil.copytree(run, tmp_path / "moved")
+    assert loaded.reconstruct(batch).predicted["depth"].shape == (1, 1, 16, 16)
+    with pytest.raises(M3Error, match=lacking):
+        build_model(recipe_from(with_codes(tmp_path / "nowhere" / "moved", tmp_path / "out"), "test"))
 
 
 def test_a_modality_with_other_settings_is_refused(run: Path, tmp_path: Path) -> None:
