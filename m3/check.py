@@ -25,9 +25,6 @@ WIDTH = 32
 SAMPLES = 4
 
 
-TEACHER = "timm:vit_tiny_patch16_224"
-"""What stands in for the teachers of a recipe."""
-
 NEED_ROOT = ("folder", "shards")
 """Sources that a recipe may leave without `data.root`, for its user to give."""
 
@@ -40,8 +37,8 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
     """Return the recipe with the same parts but a small network, a small batch, `steps` steps and few samples.
 
     Token counts, masks, targets and losses stay those of the recipe, and so does its source; scenes of the world
-    stand in for a folder that it leaves open, an untrained tokenizer for a target's that is not there, and semantic
-    maps for codes of one that is not there.
+    stand in for a folder that it leaves open, an untrained tokenizer for a target's that is not there, semantic maps
+    for codes of one that is not there, and small untrained models for teachers that are not of our own and there.
     """
     settings = recipe.model_dump(mode="json", exclude_none=True)
     settings["out"] = str(out)
@@ -56,7 +53,7 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
                 part["decoder"] = _small_decoder(part["decoder"])
         for part in (objective.get("teacher", {}), objective.get("masking", {}).get("scorer", {})):
             if "model" in part:
-                part.update(model=TEACHER, weights=None)
+                _small_teacher(part, settings["modalities"], objective.get("of"), out)
         if "layers" in objective:
             objective["layers"] = min(objective["layers"], 2)
         for name, part in objective.get("targets", {}).items():
@@ -102,22 +99,37 @@ def check(recipe: Recipe) -> None:
 def _small_target(target: dict[str, Any], modalities: dict[str, Any], name: str, out: Path) -> None:
     """Put a small random network in the place of a teacher, and a tokenizer where there is none."""
     if target.get("type") == "teacher":
-        target.update(model=TEACHER, weights=None)
+        _small_teacher(target, modalities, name, out)
     if target.get("type") == "codes" and not (Path(target["tokenizer"]) / "config.json").is_file():
         target["tokenizer"] = _stand_in(modalities, name, out / "tokenizer")
+
+
+def _small_teacher(part: dict[str, Any], modalities: dict[str, Any], name: str | None, out: Path) -> None:
+    """Put an untrained model that makes as many tokens in the place of a teacher, unless this is one of ours, there."""
+    kind, _, folder = part["model"].partition(":")
+    pictures = [key for key, entry in modalities.items() if entry["type"] == "image"]
+    if not pictures or (kind == "m3" and (Path(folder).expanduser() / "config.json").is_file()):
+        return
+    entry = modalities[name if name in pictures else pictures[0]]
+    own = {key: entry[key] for key in ("type", "size", "tokenizer") if key in entry}
+    part.update(model=f"m3:{_untrained({'image': own}, {}, out / 'teacher')}", weights=None, size=None)
 
 
 def _stand_in(modalities: dict[str, Any], name: str, folder: Path) -> str:
     """Write an untrained tokenizer of a modality of a recipe, with a code for each of its tokens."""
     quantiser = {"type": "fsq", "levels": [4, 4]}
     objective = {"type": "autoencode", "of": name, "coder": {"type": "vit", "depth": 1}, "quantiser": quantiser}
-    backbone = {"width": 32, "depth": 1, "heads": 2}
     own = {
         key: value for key, value in modalities[name].items() if key != "positions"
     }  # of the model's, not of its own
-    config = M3Config(modalities={name: own}, backbone=backbone, objectives={"autoencode": objective})
+    return _untrained({name: own}, {"autoencode": objective}, folder)
+
+
+def _untrained(modalities: dict[str, Any], objectives: dict[str, Any], folder: Path) -> str:
+    """Write a small untrained model, and return the folder."""
+    backbone = {"width": WIDTH, "depth": 2, "heads": 2}
     with no_progress_bars():
-        M3Model(config).save_pretrained(folder)
+        M3Model(M3Config(modalities=modalities, backbone=backbone, objectives=objectives)).save_pretrained(folder)
     return str(folder)
 
 

@@ -1,4 +1,4 @@
-"""Frozen teachers: networks of timm and open_clip whose features are something to see or to predict.
+"""Frozen teachers: networks whose features are something to see or to predict, of timm, open_clip or our own.
 
 They live outside the model: no parameter of theirs is trained or saved. Letters: B batch, C channels, H height,
 W width, h, w the teacher's grid, N = h w its tokens.
@@ -6,12 +6,14 @@ W width, h, w the teacher's grid, N = h w its tokens.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass
 from functools import cache
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +27,28 @@ from m3.types import Tokens
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-class Teacher(NamedTuple):
-    """A frozen network.
+class Teacher(ABC):
+    """A frozen network that looks at pictures: uint8 or float pixels (B, 3, H, W), 0 to 255.
+
+    It computes in float32, without gradients, where the pixels are; of pixels on the device `meta` it tells shapes.
+    """
+
+    @abstractmethod
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Return the last layer's features (B, C, h, w) float32, normed if the network ends with a norm."""
+
+    @abstractmethod
+    def layers(self, pixels: Tensor, count: int) -> Tensor:
+        """Return the states after the last `count` blocks, not normed: (count, B, 1 + N, C), the class token first."""
+
+    @abstractmethod
+    def attention(self, pixels: Tensor) -> Tensor:
+        """Return how much the class token attends to each token in the last block, mean over heads (B, N)."""
+
+
+@dataclass(frozen=True)
+class LibraryTeacher(Teacher):
+    """A network of timm or open_clip.
 
     Attributes:
         network: in evaluation mode, without gradients.
@@ -42,14 +64,14 @@ class Teacher(NamedTuple):
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Return the last layer's features (B, C, h, w) float32 of uint8 or float pixels (B, 3, H, W), 0 to 255."""
+        """Return the last layer's features (B, C, h, w)."""
         return self._features(*self._ready(pixels))
 
     @torch.no_grad()
     def layers(self, pixels: Tensor, count: int) -> Tensor:
-        """Return the states after the last `count` blocks, not normed: (count, B, 1 + N, C), the class token first."""
+        """Return the states after the last `count` blocks (count, B, 1 + N, C)."""
         network, x = self._ready(pixels)
-        with _exactly(pixels):
+        with exactly(pixels):
             if self.is_clip:
                 found = network.forward_intermediates(
                     x, indices=count, intermediates_only=True, output_fmt="NLC", output_extra_tokens=True
@@ -63,7 +85,7 @@ class Teacher(NamedTuple):
 
     @torch.no_grad()
     def attention(self, pixels: Tensor) -> Tensor:
-        """Return how much the class token attends to each token in the last block, mean over heads (B, N)."""
+        """Return how much the class token attends to each token in the last block (B, N)."""
         network, x = self._ready(pixels)
         layer: Any = (network.transformer.resblocks if self.is_clip else network.blocks)[-1].attn
         kept: list[Tensor] = []
@@ -72,7 +94,7 @@ class Teacher(NamedTuple):
             self._features(network, x)
         finally:
             handle.remove()
-        with _exactly(pixels):
+        with exactly(pixels):
             (read,) = kept
             qkv = F.linear(read, layer.in_proj_weight, layer.in_proj_bias) if self.is_clip else layer.qkv(read)
             q, k, _ = qkv.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -83,7 +105,7 @@ class Teacher(NamedTuple):
 
     def _features(self, network: Any, x: Tensor) -> Tensor:
         """Return the last layer's features (B, C, h, w) of what `_ready` gives."""
-        with _exactly(x):
+        with exactly(x):
             if self.is_clip:
                 return network.forward_intermediates(
                     x, indices=1, normalize_intermediates=True, intermediates_only=True
@@ -101,7 +123,7 @@ class Teacher(NamedTuple):
         return network, (pixels.float() / 255 - mean) / std
 
 
-def _exactly(x: Tensor) -> AbstractContextManager[None]:
+def exactly(x: Tensor) -> AbstractContextManager[None]:
     """Compute in float32, whatever the model does."""
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)  # type: ignore[return-value]
 
@@ -110,8 +132,9 @@ class TeacherSpec(Strict):
     """What a part that looks at pictures through a teacher must know.
 
     Attributes:
-        model: `timm:MODEL` or `open_clip:MODEL`.
-        weights: file of the teacher's state; null: random weights.
+        model: `timm:MODEL`, `open_clip:MODEL`, or `m3:FOLDER` of a trained model of our own, e.g. m3:runs/NAME/model,
+            which reads pictures (exactly one modality of type `image`).
+        weights: file of the teacher's state; null: random weights, or those of a model of our own.
         size: height and width of the picture that it sees; null: as it is. It must give as many tokens as the model.
     """
 
@@ -138,6 +161,7 @@ class TeacherSpec(Strict):
         """
         if len(tokenizer.signal.size) != 2:
             raise M3Error("a teacher looks at pictures; this modality is none.")
+        _check_weights(self.model, self.weights)
         size = self.size_of(tokenizer)
         count, channels = _shape(self.model, size)
         wanted = prod(tokenizer.reference)
@@ -171,22 +195,35 @@ def open_teacher(name: str, weights: str | None, size: tuple[int, int]) -> Teach
     """Build a teacher once per process.
 
     Args:
-        name: `timm:MODEL` or `open_clip:MODEL`, e.g. `timm:vit_small_patch16_224`, `open_clip:ViT-B-16`.
-        weights: safetensors or .pth file of its state; None: random weights of seed 0, the same everywhere.
+        name: `timm:MODEL`, `open_clip:MODEL` or `m3:FOLDER`, e.g. `timm:vit_small_patch16_224`, `open_clip:ViT-B-16`,
+            `m3:runs/mae_tiny/model`.
+        weights: safetensors or .pth file of its state; None: random weights of seed 0, the same everywhere, or those
+            in the folder.
         size: height and width of the pictures it will see.
 
     Raises:
-        M3Error: no such model or file, a missing library, or weights of another model.
+        M3Error: no such model, folder or file, a missing library, weights of another model, or a model of our own that
+            does not look at pictures of this size.
     """
     library, _, model = name.partition(":")
-    if library not in ("timm", "open_clip") or not model:
-        raise M3Error(f"the teacher `{name}` must be written as timm:MODEL or open_clip:MODEL.")
+    if library not in ("timm", "open_clip", "m3") or not model:
+        raise M3Error(f"the teacher `{name}` must be written as timm:MODEL, open_clip:MODEL or m3:FOLDER.")
+    _check_weights(name, weights)
+    if library == "m3":
+        from m3.own_teacher import OwnTeacher
+
+        return OwnTeacher(str(Path(model).expanduser()), size)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         network, mean, std = (_timm if library == "timm" else _open_clip)(model, size)
     if weights is not None:
         _load(network, Path(weights).expanduser(), name)
-    return Teacher(network.eval().requires_grad_(False), mean, std, library == "open_clip")
+    return LibraryTeacher(network.eval().requires_grad_(False), mean, std, library == "open_clip")
+
+
+def _check_weights(name: str, weights: str | None) -> None:
+    if name.startswith("m3:") and weights is not None:
+        raise M3Error(f"weights: the teacher `{name}` has its own in its folder; leave `weights` out.")
 
 
 def _timm(model: str, size: tuple[int, int]) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:

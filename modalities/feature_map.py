@@ -29,8 +29,9 @@ class FeatureMap(Modality):
         """Settings of `type: feature_map`.
 
         Attributes:
-            teacher: `timm:MODEL` or `open_clip:MODEL`.
-            weights: file of the teacher's state; null: random weights.
+            teacher: `timm:MODEL`, `open_clip:MODEL`, or `m3:FOLDER` of a trained model of our own that reads pictures
+                of this size.
+            weights: file of the teacher's state; null: random weights, or those of a model of our own.
             size: height and width of the picture that the teacher sees.
         """
 
@@ -58,7 +59,7 @@ class FeatureMap(Modality):
     def signal(self) -> Signal:
         """Values (B, C, h, w)."""
         if self._shape is None:
-            self._shape = tuple(self.teacher(self.picture.blank(1)).shape[1:])
+            self._shape = tuple(self.teacher(self.picture.blank(1).to("meta")).shape[1:])
         return Signal("values", self._shape[0], self._shape[1:])
 
     def blank(self, count: int) -> Tensor:

@@ -88,7 +88,7 @@ ORDER = (
     {"build"},
     {"cost"},
     {"scale"},
-    {"processor", "evaluate", "tokenizer_model"},
+    {"processor", "evaluate", "tokenizer_model", "own_teacher"},
     {"foreign"},
     {"formats"},
     {"convert", "initialise"},

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 LINKS = {"tokenizers", "modalities", "recipes"}
 COMPOSING = {"model", "processor", "train", "check", "bench", "summary", "show", "reconstruct", "cli", "doctor"}
-COMPOSING |= {"label_efficiency", "table", "inputs", "embed", "tokenizer_model", "data.commands", "testing.modality"}
+COMPOSING |= {"label_efficiency", "table", "inputs", "embed", "tokenizer_model", "own_teacher", "data.commands"}
 COMPOSING |= {
     "held_out",
     "measure",
@@ -25,6 +25,7 @@ COMPOSING |= {
     "saving",
     "export",
     "testing.learning",
+    "testing.modality",
     "auto",
     "__init__",
 }

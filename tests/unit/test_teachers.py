@@ -59,7 +59,7 @@ def test_weights_come_from_a_file_and_foreign_ones_are_refused(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("vit", "^the teacher `vit` must be written as timm:MODEL or open_clip:MODEL.$"),
+        ("vit", "^the teacher `vit` must be written as timm:MODEL, open_clip:MODEL or m3:FOLDER.$"),
         ("timm:vit_tiny_patch16_225", "^timm knows no model `vit_tiny_patch16_225`. Did you mean `vit_tiny_patch16_"),
         ("open_clip:ViT-B-33", "^open_clip knows no model `ViT-B-33`. Did you mean `ViT-B-32"),
     ],
