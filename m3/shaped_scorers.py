@@ -162,8 +162,9 @@ class Attention:
     def bind(self, tokenizers: dict[str, Tokenizer]) -> None:
         """Learn how the tokens were cut, to put the pictures together again; called once by the network."""
         self.tokenizers = tokenizers
-        for tokenizer in tokenizers.values():
-            self.spec.channels(tokenizer)
+        if not self.spec.is_gone:
+            for tokenizer in tokenizers.values():
+                self.spec.channels(tokenizer)
 
     def __call__(self, tokens: dict[str, Tokens], draws: Draws) -> dict[str, Tensor]:
         """Return modality -> (B, N) float scores."""

@@ -210,6 +210,7 @@ class Teacher(Target):
         super().__init__(tokenizer)
         self.spec = spec
         self.width = self.count = spec.channels(tokenizer)
+        self.pinned = {"width": self.width}
         self.kind, self.classes, self.has_gaps, self.is_signal = "values", 0, False, False
 
     def __call__(self, tokens: Tokens, index: Tensor) -> Tensor:

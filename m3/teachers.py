@@ -136,11 +136,13 @@ class TeacherSpec(Strict):
             which reads pictures (exactly one modality of type `image`).
         weights: file of the teacher's state; null: random weights, or those of a model of our own.
         size: height and width of the picture that it sees; null: as it is. It must give as many tokens as the model.
+        width: C of its features, filled in when the model is built, for where the teacher's folder is gone.
     """
 
     model: str
     weights: str | None = None
     size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    width: PositiveInt | None = None
 
     def size_of(self, tokenizer: Tokenizer) -> tuple[int, int]:
         """Return height and width of the picture that the teacher sees."""
@@ -153,6 +155,12 @@ class TeacherSpec(Strict):
         """Return the teacher; built when it is first needed."""
         return open_teacher(self.model, self.weights, self.size_of(tokenizer))
 
+    @property
+    def is_gone(self) -> bool:
+        """True for a model of our own whose folder is not there: a student that only encodes does without."""
+        kind, _, folder = self.model.partition(":")
+        return kind == "m3" and not (Path(folder).expanduser() / "config.json").is_file()
+
     def channels(self, tokenizer: Tokenizer) -> int:
         """Return C without reading the weights, which a model that is only used does not need.
 
@@ -162,6 +170,8 @@ class TeacherSpec(Strict):
         if len(tokenizer.signal.size) != 2:
             raise M3Error("a teacher looks at pictures; this modality is none.")
         _check_weights(self.model, self.weights)
+        if self.width is not None and self.is_gone:
+            return self.width
         size = self.size_of(tokenizer)
         count, channels = _shape(self.model, size)
         wanted = prod(tokenizer.reference)

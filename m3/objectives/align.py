@@ -64,6 +64,7 @@ class Align(Objective):
             )
         with within("teacher"):
             self.channels = spec.teacher.channels(tokenizers[spec.of])
+        self.pinned = {"teacher": {"width": self.channels}}
         masking = json.dumps(spec.masking, sort_keys=True)
         self.view = View((spec.of,), masking, layers=tuple(range(tower.depth)))
         self.views, self.part_names = (self.view,), ("alignment",)

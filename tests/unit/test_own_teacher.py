@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,19 @@ def test_a_student_learns_from_it_and_holds_nothing_of_it(make, folder: str, tmp
         learned = {"mixture", *(f"adaptors.{number}.{part}" for number in (0, 1) for part in ("weight", "bias"))}
     others = {name for name in saved if not name.startswith(("backbone.", "tokenizers.image.", "mask_tokens.image"))}
     assert others == {f"objectives.learn.{name}" for name in learned}
+
+
+@pytest.mark.parametrize("make", [distill, align])
+def test_a_student_is_loaded_where_the_teacher_is_gone(make, folder: str, tmp_path: Path) -> None:
+    there = shutil.copytree(folder, tmp_path / "teacher")
+    model = student(make(str(there)), final_norm=make is distill).eval()
+    model.save_pretrained(tmp_path / "student")
+    shutil.rmtree(there)
+    batch = Batch({"image": PIXELS}, torch.arange(3))
+    loaded = M3Model.from_pretrained(tmp_path / "student")
+    assert torch.equal(loaded.encode(batch).sequence, model.encode(batch).sequence)
+    with pytest.raises(M3Error, match=r"there is no model in .* for a teacher"):
+        student(make(str(tmp_path / "nowhere")), final_norm=make is distill)
 
 
 def test_targets_are_its_features_of_the_clean_picture(folder: str) -> None:

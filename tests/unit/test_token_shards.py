@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from m3 import M3Error, M3Model, M3Processor, M3Tokenizer
+from m3 import M3Config, M3Error, M3Model, M3Processor, M3Tokenizer
 from m3.data.world import WorldSource
 from m3.network import build_modalities
 from m3.recipe import load_recipe, recipe_from
@@ -103,6 +103,13 @@ def test_a_model_trains_on_shards_of_codes_and_then_reads_pictures(
     expected = M3Tokenizer.from_pretrained(folders["image"]).encode(batch_of(folders["image"], scene["image"]))
     assert model.tokenise(batch)["image"].values.flatten().tolist() == expected[0].tolist()
     assert model.reconstruct(batch).predicted["depth"].shape == (1, 4, 4)
+    config = M3Config.from_pretrained(tmp_path / "run" / "model")
+    for name in MAPS:
+        config.modalities[name]["path"] = f"gone/{name}"
+    away = M3Model.from_pretrained(tmp_path / "run" / "model", config=config)
+    assert torch.equal(away.encode(batch).sequence, model.encode(batch).sequence), "codes need no tokenizer"
+    with pytest.raises(M3Error, match=r"there is no tokenizer in `gone/image`"):
+        M3Processor(config.modalities)(image=scene["image"])
 
 
 def batch_of(folder: Path, picture: np.ndarray) -> torch.Tensor:
