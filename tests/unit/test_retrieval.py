@@ -282,7 +282,7 @@ def test_bench_measures_further_recipes_with_the_same_changes(monkeypatch, capsy
     assert [recipe.name for recipe in recipes] == ["clip_tiny", "flip_tiny", "flip_tiny_75"]
     assert {recipe.train.precision for recipe in recipes} == {"fp32"}
     assert rest[-1] == 64
-    assert [bench._with_batch(recipe, 64).train.micro_batch for recipe in recipes] == [64] * 3
+    assert [bench.with_batch(recipe, 64).train.micro_batch for recipe in recipes] == [64] * 3
     monkeypatch.undo()
     assert main(["bench", "clip_tiny", "clip_tiny"]) == 2
     assert "bench: name each recipe once" in capsys.readouterr().err
