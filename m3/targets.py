@@ -231,20 +231,19 @@ class Codes(Target):
 
         Attributes:
             tokenizer: model folder of the tokenizer's run. The modality must have the tokenizer's own settings.
-            hash: of its weights, filled in when the model is built, so that a later change is noticed.
-            config: the tokenizer's, filled in likewise, which gives the number of codes where the folder is gone.
+            config: the tokenizer's, filled in when the model is built; it tells the number of codes where there is none.
         """
 
         tokenizer: str
-        hash: str | None = None
         config: dict[str, Any] | None = None
 
     def __init__(self, spec: Spec, tokenizer: Tokenizer) -> None:
-        from m3.tokenizer_model import pin
+        from m3.tokenizer_model import describe
 
         super().__init__(tokenizer)
         self.spec = spec
-        described, self.pinned = pin(spec.tokenizer, spec.hash, spec.config)
+        described = describe(spec.tokenizer, spec.config)
+        self.pinned = {"config": described.model.config.to_diff_dict()}
         if described.modality.signal != tokenizer.signal or prod(described.grid) != prod(tokenizer.reference):
             raise M3Error(
                 f"the tokenizer in `{spec.tokenizer}` makes {prod(described.grid)} codes of "
@@ -271,8 +270,7 @@ class Codes(Target):
     def _on(self, device: torch.device) -> Any:
         """Load the tokenizer when it is first used, and take it to where the signals are."""
         if self._frozen is None:
-            from m3.tokenizer_model import M3Tokenizer, check_fingerprint
+            from m3.tokenizer_model import M3Tokenizer
 
-            check_fingerprint(self.spec.tokenizer, self.pinned["hash"])
             self._frozen = M3Tokenizer.from_pretrained(self.spec.tokenizer)
         return self._frozen if self._frozen.model.device == device else self._frozen.to(device)

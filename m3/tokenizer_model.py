@@ -116,13 +116,25 @@ class M3Tokenizer:
         return self.model.tokenizers[self.name]  # type: ignore[return-value]  # ModuleDict forgets the class
 
 
-def describe(path: str | Path) -> M3Tokenizer:
+def describe(path: str | Path, config: dict[str, Any] | None = None) -> M3Tokenizer:
     """Return the tokenizer of a folder without memory for its weights, for its shape.
+
+    Args:
+        path: model folder of the tokenizer's run.
+        config: the tokenizer's, as a model that uses it has noted it; it stands in where the folder is gone.
 
     Raises:
         M3Error: there is none.
     """
-    return pin(path)[0]
+    if config is not None and not (Path(path) / WEIGHTS).is_file():
+        described = M3Config.from_dict(config)
+    else:
+        try:
+            described = M3Config.from_pretrained(path)
+        except OSError as error:
+            raise missing(path, error) from None
+    with torch.device("meta"):
+        return M3Tokenizer(M3Model(described))
 
 
 def pin(
@@ -135,21 +147,25 @@ def pin(
     Args:
         path: model folder of the tokenizer's run.
         expected: the noted hash of its weights, so that a later change is noticed; None: any.
-        config: the tokenizer's noted config, which gives the shape where the folder is gone.
+        config: the tokenizer's noted config.
 
     Raises:
         M3Error: there is none, or it is another one.
     """
-    if config is not None and expected is not None and not (Path(path) / WEIGHTS).is_file():
-        described, found = M3Config.from_dict(config), expected
-    else:
-        try:
-            described = M3Config.from_pretrained(path)
-        except OSError as error:
-            raise missing(path, error) from None
-        found = check_fingerprint(path, expected)
-    with torch.device("meta"):
-        return M3Tokenizer(M3Model(described)), {"hash": found, "config": described.to_diff_dict()}
+    described = describe(path, config)
+    is_gone = config is not None and expected is not None and not (Path(path) / WEIGHTS).is_file()
+    found = expected if is_gone else check_fingerprint(path, expected)
+    return described, {"hash": found, "config": described.model.config.to_diff_dict()}
+
+
+def load_pinned(path: str | Path, expected: str) -> M3Tokenizer:
+    """Load the tokenizer whose hash a model has noted.
+
+    Raises:
+        M3Error: there is none, or it is another one.
+    """
+    check_fingerprint(path, expected)
+    return M3Tokenizer.from_pretrained(path)
 
 
 def fingerprint(path: str | Path) -> str:

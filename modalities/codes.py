@@ -166,7 +166,6 @@ def _coloured(codes: Tensor, is_known: Tensor | None) -> np.ndarray:
 @cache
 def _load(path: str, stamp: str) -> M3Tokenizer:
     """Load a tokenizer once per process; `stamp`, its hash, tells apart what was in the folder one after the other."""
-    from m3.tokenizer_model import M3Tokenizer, check_fingerprint
+    from m3.tokenizer_model import load_pinned
 
-    check_fingerprint(path, stamp)
-    return M3Tokenizer.from_pretrained(path)
+    return load_pinned(path, stamp)

@@ -86,8 +86,7 @@ class Codes(Tokenizer):
     def _on(self, device: torch.device) -> Any:
         """Load the tokenizer when it is first used, and take it to where the signals are."""
         if self._frozen is None:
-            from m3.tokenizer_model import M3Tokenizer, check_fingerprint
+            from m3.tokenizer_model import load_pinned
 
-            check_fingerprint(self.spec.path, self.pinned["hash"])
-            self._frozen = M3Tokenizer.from_pretrained(self.spec.path)
+            self._frozen = load_pinned(self.spec.path, self.pinned["hash"])
         return self._frozen if self._frozen.model.device == device else self._frozen.to(device)

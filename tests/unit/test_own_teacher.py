@@ -97,7 +97,8 @@ def test_it_tells_what_the_model_itself_says(kind: str, tmp_path: Path) -> None:
     expected = torch.stack([weights[:, 0, 0, 2:], weights[:, 1, 0, 2:]]).mean(0)
     assert expected.std() > 0.01
     torch.testing.assert_close(teacher.attention(PIXELS), expected)
-    assert not any(module._forward_pre_hooks for module in teacher._on(PIXELS.device).modules())  # type: ignore[attr-defined]
+    assert isinstance(teacher, OwnTeacher)
+    assert not any(module._forward_pre_hooks for module in teacher._on(PIXELS.device).modules())
 
 
 def test_it_is_shared_computes_in_float32_and_shapes_need_no_weights(folder: str, tmp_path: Path) -> None:
@@ -150,9 +151,11 @@ def test_a_student_learns_from_it_and_holds_nothing_of_it(make, folder: str, tmp
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
-    teacher = open_teacher(f"m3:{folder}", None, (HEIGHT, WIDTH))._on(PIXELS.device)  # type: ignore[attr-defined]
-    assert all(torch.equal(weight, before[name]) for name, weight in teacher.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    teacher = open_teacher(f"m3:{folder}", None, (HEIGHT, WIDTH))
+    assert isinstance(teacher, OwnTeacher)
+    taught = teacher._on(PIXELS.device)
+    assert all(torch.equal(weight, before[name]) for name, weight in taught.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in taught.parameters())
 
     assert [module for module in model.modules() if isinstance(module, M3Model)] == [model]
     model.save_pretrained(tmp_path)
