@@ -231,7 +231,7 @@ class Codes(Target):
 
         Attributes:
             tokenizer: model folder of the tokenizer's run. The modality must have the tokenizer's own settings.
-            config: the tokenizer's, filled in when the model is built; it tells the number of codes where there is none.
+            config: the tokenizer's, filled in when the model is built; tells the number of codes where there is none.
         """
 
         tokenizer: str
