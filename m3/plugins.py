@@ -267,7 +267,11 @@ class View(NamedTuple):
 
 
 class Objective(nn.Module, ABC):
-    """Turns encoded views into a loss. It declares the views; the model encodes each distinct one once."""
+    """Turns encoded views into a loss. It declares the views; the model encodes each distinct one once.
+
+    Fresh weights are the network's business: matrices xavier-uniform, tokens and embeddings N(0, 0.02), biases and
+    other vectors 0. A module whose numbers start elsewhere sets its own in a method `init_own_weights`.
+    """
 
     Spec: ClassVar[type[Strict]]
     """The settings of the objective in the recipe; a nested class in the subclass."""

@@ -5,7 +5,6 @@ Letters: D width of a tower, E of the shared space, K ids of the vocabulary, L l
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from m3.data.words import describe, open_vocabulary
 from m3.errors import M3Error, read_settings
 from m3.foreign import vision
 from m3.foreign.format import SHOWN, backbone_of
-from m3.foreign.rows import Row, one, padded, shaped, shifted
+from m3.foreign.rows import Row, one, padded, shaped
 from m3.foreign.vision import pair
 from m3.objectives.contrast import Contrast
 
@@ -181,11 +180,8 @@ def place_row(theirs: str, ours: str, image: dict[str, Any], photo: dict[str, An
 
 def scale_rows(contrast: dict[str, Any], shape: tuple[int, ...] = ()) -> list[Row]:
     """Rows of the temperature and of the sigmoid loss's bias; `shape` is that of theirs."""
-    start = -math.log(contrast["temperature"])
-    rows = [shifted("logit_scale", f"{CONTRAST}.sharpening", start, shape)]
-    if contrast["loss"] == "sigmoid":
-        rows.append(shifted("logit_bias", f"{CONTRAST}.bias", contrast["bias"], shape))
-    return rows
+    names = ("logit_scale", *(["logit_bias"] if contrast["loss"] == "sigmoid" else []))
+    return [shaped(name, f"{CONTRAST}.{name}", shape, ()) for name in names]
 
 
 def vocabulary_size(text: dict[str, Any]) -> int:

@@ -106,15 +106,6 @@ def padded(theirs: str, ours: str) -> Row:
     return Row((theirs,), (ours,), read, lambda x: [x[0][:-1].clone()])
 
 
-def shifted(theirs: str, ours: str, start: float, shape: tuple[int, ...] = ()) -> Row:
-    """Row of a learned number of which ours is the difference from its start; `shape` is that of theirs."""
-
-    def write(x: list[Tensor]) -> list[Tensor]:
-        return [(x[0].double() + start).to(x[0].dtype).reshape(shape)]
-
-    return Row((theirs,), (ours,), lambda x: [(x[0].double() - start).to(x[0].dtype).reshape(())], write)
-
-
 def computed(theirs: str, value: Tensor) -> Row:
     """Row of a table that they save and we compute; `read` leaves it, as the format has looked at it before."""
     return Row((theirs,), (), lambda x: [], lambda x: [value])

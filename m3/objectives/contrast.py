@@ -94,9 +94,15 @@ class Contrast(Coupled, Embedder):
         self.views = tuple(dict.fromkeys(self.side_views.values()))
         self.pairs = tuple(itertools.combinations(spec.sides, 2))
         self.part_names = tuple(f"{a}-{b}" for a, b in self.pairs)
-        # Both are learned as differences from their start, so that fresh weights are zero.
-        self.sharpening = nn.Parameter(torch.zeros(()))
-        self.bias = nn.Parameter(torch.zeros(())) if spec.loss == "sigmoid" else None
+        # Both as published: of a converted model they are the very numbers of its file.
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self.logit_bias = nn.Parameter(torch.empty(())) if spec.loss == "sigmoid" else None
+
+    def init_own_weights(self) -> None:
+        """Start the temperature and the bias of the sigmoid loss at their settings."""
+        nn.init.constant_(self.logit_scale, -math.log(self.spec.temperature))
+        if self.logit_bias is not None:
+            nn.init.constant_(self.logit_bias, self.spec.bias)
 
     @property
     def predicts(self) -> str:
@@ -106,13 +112,12 @@ class Contrast(Coupled, Embedder):
     @property
     def scale(self) -> Tensor:
         """() factor on the similarities, 1 / temperature."""
-        return (self.sharpening - math.log(self.spec.temperature)).exp()
+        return self.logit_scale.exp()
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Keep the temperature at or above its lowest (CLIP: logits scaled by 100 at most), and at or below 1."""
-        start = math.log(self.spec.temperature)
-        self.sharpening.clamp_(start, start - math.log(self.spec.lowest))
+        self.logit_scale.clamp_(0, -math.log(self.spec.lowest))
 
     def embed(self, side: str, encoded: Encoded) -> Tensor:
         """Return unit vectors (B, E) of one side, in float32 or better."""
@@ -181,8 +186,7 @@ class Contrast(Coupled, Embedder):
 
     def _sigmoid(self, a: Tensor, b: Tensor, all_a: Tensor, all_b: Tensor, is_there: Tensor, mine: slice) -> Tensor:
         """Log-loss of every pair of samples, of the own rows with all; the gradient to the own columns comes on top."""
-        assert self.bias is not None
-        bias = self.bias + self.spec.bias
+        assert self.logit_bias is not None
         is_right = F.one_hot(torch.arange(mine.start, mine.stop, device=a.device), len(all_a)).bool()
         counts = is_there[mine].unsqueeze(1) & is_there
 
@@ -190,8 +194,8 @@ class Contrast(Coupled, Embedder):
             logits = scale * x @ candidates.T + bias
             return (-F.logsigmoid(torch.where(is_right, logits, -logits)) * counts).sum()
 
-        rest = losses(b, all_a, self.scale.detach(), bias.detach())
-        return losses(a, all_b, self.scale, bias) + rest - rest.detach()
+        rest = losses(b, all_a, self.scale.detach(), self.logit_bias.detach())
+        return losses(a, all_b, self.scale, self.logit_bias) + rest - rest.detach()
 
 
 def _logsumexp(x: Tensor, candidates: Tensor, is_there: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def take_weights(model: M3Model, clip: nn.Module) -> None:
         "tokenizers.text.table.weight": torch.cat([words, torch.zeros(1, 16)]),
         "objectives.contrast.projections.image.weight": state.pop("visual.proj").T,
         "objectives.contrast.projections.text.weight": state.pop("text_projection").T,
-        "objectives.contrast.sharpening": state.pop("logit_scale") + torch.log(torch.tensor(0.07)),
+        "objectives.contrast.logit_scale": state.pop("logit_scale"),
         **blocks("photo", "visual.transformer.resblocks."),
         **blocks("words", "transformer.resblocks."),
     }

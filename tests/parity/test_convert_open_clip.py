@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,8 +54,12 @@ def assert_same_outputs(model: M3Model, clip: nn.Module, dtype: torch.dtype, tol
     found = model.embed(batch)
     torch.testing.assert_close(found["image"], expected["image_features"], rtol=0, atol=tolerance)
     torch.testing.assert_close(found["text"], expected["text_features"], rtol=0, atol=tolerance)
-    scale = model.objectives["contrast"].scale
-    torch.testing.assert_close(scale, expected["logit_scale"], rtol=1e-6, atol=0)
+    contrast: Any = model.objectives["contrast"]
+    logits = contrast.scale * found["image"] @ found["text"].T
+    theirs = expected["logit_scale"] * expected["image_features"] @ expected["text_features"].T
+    torch.testing.assert_close(logits, theirs, rtol=0, atol=tolerance)
+    if "logit_bias" in expected:
+        assert contrast.logit_bias == expected["logit_bias"]
 
 
 @pytest.mark.parametrize("model_cfg", [SMALL, OTHER], ids=["quick", "sigmoid"])

@@ -45,7 +45,7 @@ def make(loss: str = "softmax", names: tuple[str, ...] = ("image", "text"), **ch
     with torch.no_grad():
         for p in model.objectives["contrast"].parameters():
             if not p.ndim:
-                p.fill_(0.1)
+                p.add_(0.1)
     return model.double()
 
 
@@ -73,13 +73,13 @@ def plain(model: M3Model, batch: Batch, a: str, b: str, is_there: list[bool] | N
     x, y = (embeddings(model, batch)[side] for side in (a, b))
     if is_there is not None:
         x, y = x[torch.tensor(is_there)], y[torch.tensor(is_there)]
-    scale = torch.exp(contrast.sharpening) / contrast.spec.temperature
+    scale = torch.exp(contrast.logit_scale)
     logits = scale * x @ y.T
     if contrast.spec.loss == "softmax":
         right = torch.arange(len(x))
         return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
     sign = 2 * torch.eye(len(x), dtype=logits.dtype) - 1
-    return -F.logsigmoid(sign * (logits + contrast.bias + contrast.spec.bias)).sum() / len(x)
+    return -F.logsigmoid(sign * (logits + contrast.logit_bias)).sum() / len(x)
 
 
 def gradients(model: M3Model) -> dict[str, Tensor]:
@@ -164,23 +164,31 @@ def test_three_sides_give_three_pairs():
 
 def test_a_hand_made_loss_of_two_samples():
     """Similarities 1 on the diagonal and 0 beside it: each row is -log(e^s / (e^s + 1)) with s = 1 / temperature."""
-    model = make(temperature=0.5)
-    contrast = model.objectives["contrast"]
-    torch.nn.init.zeros_(contrast.sharpening)
+    contrast = make().objectives["contrast"]
+    torch.nn.init.constant_(contrast.logit_scale, math.log(2))
     eye = torch.eye(2, 12)
     own = {"image": eye, "text": eye, "image is there": torch.ones(2).bool(), "text is there": torch.ones(2).bool()}
     part = contrast._part("image", "text", own, Pool(own, 0))
     assert (part.sum / part.count).item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_fresh_weights_have_the_temperature_and_bias_of_the_settings(loss: str):
+    model = make(loss, temperature=0.2, bias=-3.0)
+    contrast = model.objectives["contrast"]
+    model._init_weights(contrast)
+    assert contrast.scale.item() == pytest.approx(5, rel=1e-6)
+    assert (contrast.logit_bias is None) if loss == "softmax" else (contrast.logit_bias.item() == -3)
+
+
 def test_the_temperature_stays_within_its_bounds():
     contrast = make().objectives["contrast"]
     with torch.no_grad():
-        contrast.sharpening.fill_(50.0)
+        contrast.logit_scale.fill_(50.0)
     contrast.after_step()
     assert contrast.scale.item() == pytest.approx(100, rel=1e-6)
     with torch.no_grad():
-        contrast.sharpening.fill_(-50.0)
+        contrast.logit_scale.fill_(-50.0)
     contrast.after_step()
     assert contrast.scale.item() == pytest.approx(1, rel=1e-6)
 

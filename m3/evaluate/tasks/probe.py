@@ -97,6 +97,7 @@ def classify(train: np.ndarray, labels: np.ndarray, others: np.ndarray, kind: st
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import LinearSVC
+    from threadpoolctl import threadpool_limits
 
     if len(np.unique(labels)) == 1:
         return np.full(len(others), labels[0])
@@ -104,7 +105,8 @@ def classify(train: np.ndarray, labels: np.ndarray, others: np.ndarray, kind: st
     linear: Any = LogisticRegression(C=strength, max_iter=1000)
     if kind == "svm":
         linear = LinearSVC(C=strength, dual="auto", random_state=0)
-    with warnings.catch_warnings():
+    # One thread: those of products this small wait for each other ten times as long as they compute.
+    with warnings.catch_warnings(), threadpool_limits(1, user_api="blas"):
         warnings.simplefilter("ignore", ConvergenceWarning)  # the strength is chosen by what it reaches
         return make_pipeline(StandardScaler(), linear).fit(train, labels).predict(others)
 
