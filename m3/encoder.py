@@ -155,8 +155,9 @@ class Encoder(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise as MAE does: xavier-uniform matrices, zero biases, N(0, 0.02) tokens and embeddings."""
-        if hasattr(module, "init_own_weights"):  # of a part whose numbers start elsewhere
-            module.init_own_weights()
+        init_own_weights = getattr(module, "init_own_weights", None)  # of a part whose numbers start elsewhere
+        if init_own_weights is not None:
+            init_own_weights()
         elif isinstance(module, nn.Linear | nn.Conv2d):
             std = getattr(module, "start_std", None)  # of layers that must start near 0
             init.xavier_uniform_(module.weight) if std is None else init.normal_(module.weight, std=std)
