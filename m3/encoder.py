@@ -159,8 +159,7 @@ class Encoder(PreTrainedModel):
         if init_own_weights is not None:
             init_own_weights()
         elif isinstance(module, nn.Linear | nn.Conv2d):
-            std = getattr(module, "start_std", None)  # of layers that must start near 0
-            init.xavier_uniform_(module.weight) if std is None else init.normal_(module.weight, std=std)
+            init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm1d):

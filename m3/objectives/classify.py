@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error
@@ -129,4 +130,8 @@ class Classify(Predictor):
 class Head(Linear):
     """The last linear layer, which starts near 0."""
 
-    start_std = START
+    def init_own_weights(self) -> None:
+        """Start at N(0, START), biases at 0."""
+        init.normal_(self.weight, std=START)
+        if self.bias is not None:
+            init.zeros_(self.bias)

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
+from transformers import initialization as init
 
 from m3.backbone import BackboneSpec
 from m3.errors import M3Error, within
@@ -100,9 +101,9 @@ class Contrast(Coupled, Embedder):
 
     def init_own_weights(self) -> None:
         """Start the temperature and the bias of the sigmoid loss at their settings."""
-        nn.init.constant_(self.logit_scale, -math.log(self.spec.temperature))
+        init.constant_(self.logit_scale, -math.log(self.spec.temperature))
         if self.logit_bias is not None:
-            nn.init.constant_(self.logit_bias, self.spec.bias)
+            init.constant_(self.logit_bias, self.spec.bias)
 
     @property
     def predicts(self) -> str:

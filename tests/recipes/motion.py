@@ -67,7 +67,7 @@ def main(clips: str, frames: str) -> None:
     """Print the table."""
     models = [M3Model.from_pretrained(Path(run) / "model").eval() for run in (clips, frames)]
     recipe = load_recipe(Path(clips) / "recipe.yaml")
-    data = recipe.data.model_copy(update={**AS_THEY_ARE, "held_out": COUNTS["held_out"]})
+    data = recipe.data.model_copy(update={**AS_THEY_ARE, "samples": COUNTS["train"], "held_out": COUNTS["held_out"]})
     recipe = recipe.model_copy(update={"data": data})
     (train, known), (test, truth) = (features(*models, recipe, split) for split in COUNTS)
     table = Table(title=f"Read off {COUNTS['train']} clips, told of {COUNTS['held_out']} others (%)")
