@@ -44,7 +44,8 @@ def lines(run: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in times} for line in found]
 
 
-@pytest.mark.parametrize("config", ["fsdp2", pytest.param("zero2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2", "zero2"])
 def test_sharded_training_is_that_of_one_process(tmp_path: Path, config: str) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     train(load_recipe("mae_tiny", [*SMALL, f"out={one}"]), is_shown=False)

@@ -1,4 +1,7 @@
-"""Every recipe is a test: found by globbing, shrunk, trained, saved, reloaded, resumed."""
+"""Every recipe is a test: found by globbing, shrunk, shown, differentiated; trained, saved, reloaded, resumed.
+
+The last four in `make test` for the small recipes, in `make test-slow` for those of published sizes.
+"""
 
 import json
 import shutil
@@ -36,6 +39,8 @@ def _one_of_each_size() -> list[str]:
 
 
 DISTINCT = _one_of_each_size()
+SMALL = [name for name in DISTINCT if name == "quickstart" or "_tiny" in name]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in DISTINCT if name not in SMALL]
 
 
 def test_there_are_recipes() -> None:
@@ -84,7 +89,7 @@ def test_every_parameter_receives_a_gradient(name: str, tmp_path: Path) -> None:
     assert without == []
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", [*SMALL, *OTHERS])
 def test_recipe_trains_saves_reloads_and_resumes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = shrink(load_recipe(name), tmp_path / "run")
     train(recipe)

@@ -178,6 +178,7 @@ def test_two_runs_step_by_step(tmp_path: Path, capsys):
         compare_steps(one, write_run(tmp_path / "empty", []))
 
 
+@pytest.mark.slow
 def test_two_revisions_step_by_step(tmp_path: Path, monkeypatch, capsys):
     """A checkout whose second revision seeds its weights otherwise."""
     source, root = Path(step_compare.__file__).resolve().parent.parent, tmp_path / "checkout"
