@@ -24,7 +24,7 @@ def restore(accelerator: Accelerator, run: Path, parts: Parts, facts: dict[str, 
     """Load the newest undamaged checkpoint of a run and return the step to continue with; 0 when there is none.
 
     Raises:
-        M3Error: all are damaged, or it belongs to another model, other data or a longer run.
+        M3Error: all are damaged, or it belongs to another model, other data, a longer run or another version of M3.
     """
     found = of_first(_find(run, console) if accelerator.is_main_process else None)
     if found is None:
@@ -70,14 +70,18 @@ def _load(accelerator: Accelerator, found: Path, parts: Parts) -> None:
     names = sharded.shapes(folder) if folder.is_dir() else {}
     if parts.average and not ((found / EMA).is_file() or "ema.0" in names):
         raise M3Error(f"{found} holds no averaged weights, but train.ema is set; remove train.ema or start anew.")
+    weights = {} if names else load_file(found / MODEL)
+    own = own_weights(parts.model)
+    written = {name: tensor.shape for name, tensor in weights.items()}
+    written |= {name.removeprefix("model."): size for name, size in names.items() if name.startswith("model.")}
+    checkpoint.check_same_weights(written, {name: tensor.shape for name, tensor in own.items()}, found)
     if names:
         optimizer = _optimizer_like(parts.optimizer, names)
         sharded.read(folder, named_tensors(parts, optimizer))
     else:
         optimizer = torch.load(found / OPTIMIZER, map_location="cpu", weights_only=True)
         optimizer["state"] = _cut(optimizer["state"], _parameters(parts.optimizer))
-        weights = load_file(found / MODEL)
-        for name, tensor in own_weights(parts.model).items():
+        for name, tensor in own.items():
             sharded.fill(tensor, weights[name])
         if parts.average:
             parts.average.load_state_dict(load_file(found / EMA))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from m3 import checkpoint
 from m3 import train as trainer
@@ -126,6 +126,21 @@ def test_resuming_with_another_order_of_the_data_is_refused(tmp_path: Path, chan
 def test_resuming_without_a_checkpoint_says_so(tmp_path: Path, capsys) -> None:
     train(tiny(tmp_path / "run"), resume=True)
     assert "run holds no checkpoint yet, so the run starts at step 0" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_checkpoint_whose_weights_have_other_names_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    train(tiny(tmp_path))
+    folder = checkpoint.folder_of(tmp_path, 3)
+    weights = load_file(folder / "model.safetensors")
+    weights["former"] = weights.pop("backbone.norm.weight")
+    save_file(weights, folder / "model.safetensors")
+    state = checkpoint.read_state(folder)
+    state["files"]["model.safetensors"] = checkpoint.checksum(folder / "model.safetensors")
+    (folder / checkpoint.STATE).write_text(json.dumps(state))
+    sentence = "written by another version of M3: the names or shapes of 2 weights are others, e.g. `backbone"
+    with pytest.raises(M3Error, match=re.escape(sentence)):
+        train(tiny(tmp_path, steps=5), resume=True)
+    assert folder.is_dir()
 
 
 # -- numbers that are not finite ------------------------------------------------------------------------
