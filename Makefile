@@ -43,7 +43,7 @@ lint: $(READY)  ## format, rules, types
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 
-bench: $(READY)  ## the figures of BENCHMARKS.md
+bench: $(READY)  ## MAE's speed beside transformers' (BENCHMARKS.md has more)
 	$(BIN)/m3 bench mae_vit_s --against transformers train.precision=fp32
 	$(BIN)/m3 bench mae_vit_s --against transformers train.precision=bf16
 	$(BIN)/m3 bench mae_vit_s --against transformers train.precision=fp32 train.compile=true --rounds 1

@@ -1,4 +1,4 @@
-"""The house of DESIGN: names that must not shadow, imports that point one way, budgets."""
+"""The house: names that must not shadow, imports that point one way, budgets."""
 
 import ast
 import os
