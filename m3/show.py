@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import torch
@@ -68,7 +69,10 @@ def draw(rows: list[tuple[str, dict[str, np.ndarray]]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     titles = list(dict.fromkeys(title for _, pictures in rows for title in pictures))
-    figure = Figure(figsize=(1.45 * len(titles) + 0.4, 1.45 * len(rows) + 0.5), layout="constrained", dpi=110)
+    heads = {title: fill(title, 20, break_long_words=False) for title in titles}  # 20 letters are as wide as a picture
+    lines = 1 + max((head.count("\n") for head in heads.values()), default=0)
+    size = (1.45 * len(titles) + 0.4, 1.45 * len(rows) + 0.35 + 0.15 * lines)
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
     axes = figure.subplots(len(rows), len(titles), squeeze=False)
     for line, (label, pictures) in zip(axes, rows, strict=True):
         for axis, title in zip(line, titles, strict=True):
@@ -79,7 +83,7 @@ def draw(rows: list[tuple[str, dict[str, np.ndarray]]], path: Path) -> None:
             for side in axis.spines.values():
                 side.set_visible(False)
             if axis in axes[0]:
-                axis.set_title(title, fontsize=9)
+                axis.set_title(heads[title], fontsize=9)
         line[0].set_ylabel(label, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
