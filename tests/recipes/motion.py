@@ -14,7 +14,6 @@ Letters: B batch, n samples, C channels, T frames, S times, K tokens of a time, 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +61,6 @@ def collect(models: dict[str, M3Model], recipe: Recipe, split: str) -> tuple[dic
     modalities = next(iter(models.values())).modalities
     source = open_source(recipe.data, modalities, recipe.seed, split)
     for batch in first_batches(Samples(source, modalities, recipe.data, recipe.seed), COUNTS[split], 64):
-        batch = replace(batch, times={})
         for name, model in models.items():
             states[name].append(states_of(model, batch))
         for name in LABELS:
