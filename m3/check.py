@@ -56,6 +56,7 @@ def shrink(recipe: Recipe, out: Path, steps: int = STEPS) -> Recipe:
                 _small_teacher(part, settings["modalities"], objective.get("of"), out)
         if "layers" in objective:
             objective["layers"] = min(objective["layers"], 2)
+        _small_target(objective.get("target", {}), settings["modalities"], objective.get("of", ""), out)
         for name, part in objective.get("targets", {}).items():
             _small_target(part.get("target", {}), settings["modalities"], part.get("of") or name, out)
         if "swap" in objective:

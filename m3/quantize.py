@@ -268,11 +268,14 @@ class Vq(nn.Module):
         self.book.copy_(torch.where(self.counts.unsqueeze(-1) > 0, mean, self.book))
 
     def _revive(self, seen: Seen) -> None:
-        """Put random vectors of the step in the place of dead codes, as if used as often as the mean code."""
+        """Put random vectors of the step in the place of dead codes, as if used as often as the mean code.
+
+        The pool of a run's first step after resuming is that for k-means, larger than the others: it is cut to theirs.
+        """
         mean = self.counts.mean(-1, keepdim=True)
         is_dead = self.counts < mean * self.DEAD
         turn = is_dead.cumsum(-1) - 1
-        is_revived = is_dead & (turn < (seen.keys >= 0).sum())
+        is_revived = is_dead & (turn < (seen.keys[: self.REVIVED] >= 0).sum())
         heads = torch.arange(self.heads, device=turn.device).unsqueeze(1)
         vectors = seen.pool[turn.clamp(0, len(seen.pool) - 1), heads]
         self.book.copy_(torch.where(is_revived.unsqueeze(-1), vectors, self.book))

@@ -243,6 +243,7 @@ class Codes(Target):
         super().__init__(tokenizer)
         self.spec = spec
         described = describe(spec.tokenizer, spec.config)
+        self.is_signal = described.is_two_way
         self.pinned = {"config": described.model.config.to_diff_dict()}
         if described.modality.signal != tokenizer.signal or prod(described.grid) != prod(tokenizer.reference):
             raise M3Error(

@@ -167,7 +167,7 @@ class TeacherSpec(Strict):
         Raises:
             M3Error: the modality is no picture, or the teacher's tokens are not those of the model.
         """
-        if len(tokenizer.signal.size) != 2:
+        if len(tokenizer.signal.size) != 2 or tokenizer.signal.kind != "values":
             raise M3Error("a teacher looks at pictures; this modality is none.")
         _check_weights(self.model, self.weights)
         if self.width is not None and self.is_gone:

@@ -48,18 +48,18 @@ class M3Tokenizer:
         self.name = self._coder.spec.of
         self.modality: Modality = model.modalities[self.name]
         quantiser = self._coder.quantiser
-        self.codes, self.is_two_way = quantiser.codes, self._coder.coder.is_two_way
+        self.codes, self.is_two_way = quantiser.codes, self._coder.is_two_way
         self.grid = (*self._coder.coder.reference, *([quantiser.heads] if quantiser.heads > 1 else []))
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **kwargs: Any) -> M3Tokenizer:
-        """Load a tokenizer from the model folder of a run or from the Hub.
+        """Load a tokenizer from the model folder of a run or from the Hub, in float32 unless `dtype` says otherwise.
 
         Raises:
             M3Error: there is no model, or it is no tokenizer.
         """
         try:
-            return cls(M3Model.from_pretrained(path, **kwargs))
+            return cls(M3Model.from_pretrained(path, **({"dtype": torch.float32} | kwargs)))
         except OSError as error:
             raise missing(path, error) from error
 
@@ -85,7 +85,8 @@ class M3Tokenizer:
                 raise M3Error(f"the batch has no `{self.name}`, which the tokenizer reads; add it.")
             tokens = self.model.tokenise(given.to(self.model.device))[self.name]
         else:
-            tokens = self._tokenizer.tokenize(given.to(self.model.device))
+            kind = self.model.dtype if given.is_floating_point() else given.dtype
+            tokens = self._tokenizer.tokenize(given.to(self.model.device, kind))
         return self._coder.indices(tokens)
 
     @torch.no_grad()

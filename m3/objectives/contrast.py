@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from transformers import initialization as init
 
@@ -68,6 +68,8 @@ class Contrast(Coupled, Embedder):
             temperature: at the start; the similarities are divided by it. Published: 0.07 (softmax), 0.1 (sigmoid).
             lowest: temperature below which it is not learned.
             bias: of the sigmoid loss at the start.
+            smoothing: share of the softmax's target that is spread evenly over all candidates (ALIGN, Jia et al. 2021:
+                0.1).
         """
 
         sides: dict[str, Side] = Field(min_length=2)
@@ -76,6 +78,13 @@ class Contrast(Coupled, Embedder):
         temperature: PositiveFloat = 0.07
         lowest: PositiveFloat = 0.01
         bias: float = -10.0
+        smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+
+        @model_validator(mode="after")
+        def _only_softmax_is_smoothed(self) -> Contrast.Spec:
+            if self.smoothing and self.loss != "softmax":
+                raise ValueError("smoothing is for loss softmax; remove it or change the loss")
+            return self
 
     def __init__(self, spec: Spec, tokenizers: dict[str, Tokenizer], backbone: BackboneSpec) -> None:
         super().__init__()
@@ -176,7 +185,10 @@ class Contrast(Coupled, Embedder):
         value, rest = torch.zeros((), device=a.device), torch.zeros((), device=a.device)
         for x, y, all_x, all_y in ((a, b, all_a, all_b), (b, a, all_b, all_a)):
             logits = (scale * x @ all_y.T).masked_fill(~is_there, NEVER)
-            right = (x * y.detach()).sum(-1)
+            target = y.detach()
+            if self.spec.smoothing:  # x meets the mean of all: as a row all candidates, as a candidate all rows
+                target = target.lerp(_mean(all_y, is_there), self.spec.smoothing)
+            right = (x * target).sum(-1)
             value = value + ((logits.logsumexp(-1) - scale * right).where(weight > 0, 0) * weight).sum() / 2
             # What the own rows add to the cross-entropies of all rows of the other side, whose candidates they are.
             with torch.no_grad():
@@ -197,6 +209,11 @@ class Contrast(Coupled, Embedder):
 
         rest = losses(b, all_a, self.scale.detach(), self.logit_bias.detach())
         return losses(a, all_b, self.scale, self.logit_bias) + rest - rest.detach()
+
+
+def _mean(x: Tensor, is_there: Tensor) -> Tensor:
+    """Return (E,) mean of the vectors (G, E) that are there; 0 of none."""
+    return x.masked_fill(~is_there.unsqueeze(1), 0).sum(0) / is_there.sum().clamp(min=1)
 
 
 def _logsumexp(x: Tensor, candidates: Tensor, is_there: Tensor) -> Tensor:

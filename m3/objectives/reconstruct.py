@@ -31,8 +31,9 @@ class TargetSpec(Strict):
         at: modality whose hidden tokens it is predicted at, token by token, where that is another one (UNITER: the
             labels of hidden regions); it must have as many tokens.
         target: provider of the true values.
-        loss: `mse`, `l1`, `smooth_l1`, `berhu` (values), `cross_entropy` (class ids), `kl` (probabilities), or
-            `chamfer` (groups of points, as sets; Point-MAE).
+        loss: `mse`, `l1`, `smooth_l1`, `berhu`, `cosine` (values; the last is 1 - cosine of a token's values, for
+            features), `cross_entropy` (class ids), `kl` (probabilities), or `chamfer` (groups of points, as sets;
+            Point-MAE).
         decoder: overrides the objective's decoder; `same_as: TARGET` shares that of another objective's target.
         weight: factor on this part of the loss.
     """
@@ -40,7 +41,7 @@ class TargetSpec(Strict):
     of: str | None = None
     at: str | None = None
     target: dict = Field(default={"type": "values"})
-    loss: Literal["mse", "l1", "smooth_l1", "berhu", "cross_entropy", "kl", "chamfer"] = "mse"
+    loss: Literal["mse", "l1", "smooth_l1", "berhu", "cosine", "cross_entropy", "kl", "chamfer"] = "mse"
     decoder: dict | None = None
     weight: float = 1.0
 
@@ -258,6 +259,9 @@ def elementwise_losses(kind: str, predicted: Tensor, truth: Tensor, classes: int
     if kind == "kl":  # one number per token, spread over its classes, so that it counts like others
         losses = F.kl_div(predicted.log_softmax(-1), truth.float(), reduction="none").sum(-1, keepdim=True)
         return losses.expand(truth.shape)
+    if kind == "cosine":  # likewise
+        losses = 1 - F.cosine_similarity(predicted, truth.float(), dim=-1)
+        return losses.unsqueeze(-1).expand(truth.shape)
     if kind == "chamfer":  # one number per group, spread over its values, so that they count like others
         groups = [x.unflatten(-1, (-1, channels)).flatten(0, 1) for x in (predicted, truth.float())]
         return chamfer(*groups).view(*truth.shape[:2], 1).expand(truth.shape)
@@ -311,5 +315,5 @@ def check_loss(name: str, loss: str, tokenizer: Tokenizer, kind: str | None = No
     if kind != fitting:
         raise M3Error(
             f"target `{name}` holds {kind}, which loss `{loss}` can't compare; "
-            f"use cross_entropy for classes, kl for probabilities and mse, l1, smooth_l1 or berhu for values."
+            f"use cross_entropy for classes, kl for probabilities and mse, l1, smooth_l1, berhu or cosine for values."
         )

@@ -33,7 +33,8 @@ def make(loss: str = "softmax", names: tuple[str, ...] = ("image", "text"), **ch
     }
     depth = {"type": "depth", "size": 16, "tokenizer": {"type": "patch", "size": 8}}
     modalities = {"image": image, "text": text, "depth": depth}
-    settings = {"type": "contrast", "width": 12, "loss": loss, "sides": {name: every[name] for name in names}}
+    kind = {"loss": "softmax", "smoothing": 0.1} if loss == "smoothed" else {"loss": loss}
+    settings = {"type": "contrast", "width": 12, **kind, "sides": {name: every[name] for name in names}}
     model = M3Model(
         M3Config(
             modalities={name: modalities[name] for name in names},
@@ -77,7 +78,9 @@ def plain(model: M3Model, batch: Batch, a: str, b: str, is_there: list[bool] | N
     logits = scale * x @ y.T
     if contrast.spec.loss == "softmax":
         right = torch.arange(len(x))
-        return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+        smooth = contrast.spec.smoothing
+        rows = F.cross_entropy(logits, right, label_smoothing=smooth)
+        return (rows + F.cross_entropy(logits.T, right, label_smoothing=smooth)) / 2
     sign = 2 * torch.eye(len(x), dtype=logits.dtype) - 1
     return -F.logsigmoid(sign * (logits + contrast.logit_bias)).sum() / len(x)
 
@@ -88,7 +91,7 @@ def gradients(model: M3Model) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("loss", ["softmax", "smoothed", "sigmoid"])
 def test_loss_and_gradients_are_those_of_the_plain_loss(loss):
     model = make(loss)
     batch = batch_of(model)
@@ -104,7 +107,7 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(loss):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("loss", ["softmax", "smoothed", "sigmoid"])
 def test_samples_without_one_side_neither_count_nor_serve_as_negatives(loss):
     model = make(loss)
     flags = {"image": [True, False, True, True, True, True, True, True], "text": [True] * 5 + [False] * 2 + [True]}
@@ -116,8 +119,9 @@ def test_samples_without_one_side_neither_count_nor_serve_as_negatives(loss):
     assert model(prepared).loss.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_a_step_without_any_pair_gives_zero_gradients():
-    model = make()
+@pytest.mark.parametrize("loss", ["softmax", "smoothed"])
+def test_a_step_without_any_pair_gives_zero_gradients(loss):
+    model = make(loss)
     batch = batch_of(model, 4, {"image": [True, True, False, False], "text": [False, False, True, True]})
     loss = model(batch).loss
     loss.backward()
@@ -125,7 +129,7 @@ def test_a_step_without_any_pair_gives_zero_gradients():
     assert all(p.grad is not None and (p.grad == 0).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("loss", ["softmax", "smoothed", "sigmoid"])
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_micro_batches_with_the_rows_of_the_step_add_up_to_the_whole(loss, size):
     model = make(loss)
@@ -172,6 +176,18 @@ def test_a_hand_made_loss_of_two_samples():
     assert (part.sum / part.count).item() == pytest.approx(math.log(1 + math.exp(-2)), rel=1e-6)
 
 
+def test_a_hand_made_smoothed_loss_of_two_samples():
+    """As above, but a twentieth of the target is the wrong one: -0.95 log p - 0.05 log (1 - p)."""
+    contrast = make("smoothed").objectives["contrast"]
+    torch.nn.init.constant_(contrast.logit_scale, math.log(2))
+    eye = torch.eye(2, 12)
+    own = {"image": eye, "text": eye, "image is there": torch.ones(2).bool(), "text is there": torch.ones(2).bool()}
+    part = contrast._part("image", "text", own, Pool(own, 0))
+    p = math.exp(2) / (math.exp(2) + 1)
+    expected = -0.95 * math.log(p) - 0.05 * math.log(1 - p)
+    assert (part.sum / part.count).item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 def test_fresh_weights_have_the_temperature_and_bias_of_the_settings(loss: str):
     model = make(loss, temperature=0.2, bias=-3.0)
@@ -198,6 +214,7 @@ def test_the_temperature_stays_within_its_bounds():
     [
         ({"sides": {"image": {}, "speech": {}}}, "`speech`, which is no modality"),
         ({"sides": {"image": {}}}, "sides"),
+        ({"loss": "sigmoid", "smoothing": 0.1}, "smoothing is for loss softmax"),
         ({"sides": {"both": {"modalities": ["image", "text"]}, "text": {}}}, "different towers read them"),
     ],
 )

@@ -192,6 +192,19 @@ def test_dead_codes_become_vectors_of_the_step() -> None:
     torch.testing.assert_close(part.sums[0, 2:], revived * 4.60675)
 
 
+def test_a_resumed_codebook_revives_as_many_codes_as_one_that_was_not_interrupted() -> None:
+    """600 of 602 codes are dead, more than a step may revive, and a step has 700 vectors to take."""
+    book = torch.cat([torch.tensor([[[0.0, 0.0], [10.0, 10.0]]]), torch.full((1, 600, 2), 900.0)], dim=1)
+    counts = torch.cat([torch.full((1, 2), 300.0), torch.full((1, 600), 1e-4)], dim=1)
+    parts = [started(book, counts, cosine=False) for _ in range(2)]
+    parts[0]._is_started, parts[1]._is_started = True, False  # as in a fresh process
+    for part in parts:
+        part(blobs(700))
+        part.update()
+        assert (part.book[0] < 100).all(1).sum() == 2 + part.REVIVED
+    assert torch.equal(parts[0].book, parts[1].book)
+
+
 def test_codes_in_use_are_not_touched_by_revival() -> None:
     part = started(torch.tensor([[[0.0, 0.0], [10.0, 10.0]]]), torch.tensor([[30.0, 1.2]]), cosine=False)
     part(torch.zeros(1, 8, 2))

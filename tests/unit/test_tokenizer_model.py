@@ -336,3 +336,12 @@ def test_flags_of_codes_are_spread_over_their_places(run: Path, tmp_path: Path) 
     assert spread.shape == (1, 16, 16)
     assert torch.equal(spread[0, ::4, ::4].flatten(), is_token[0])
     assert torch.equal(spread[0, 3::4, 3::4].flatten(), is_token[0])
+
+
+def test_a_tokenizer_that_was_saved_in_half_precision_computes_in_float32(run: Path, tmp_path: Path) -> None:
+    model = M3Model.from_pretrained(run / "model")
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    tokenizer = M3Tokenizer.from_pretrained(tmp_path)
+    assert tokenizer.model.dtype == torch.float32
+    codes = tokenizer.encode(depth_maps())
+    assert torch.equal(tokenizer.encode(depth_maps().double()), codes)

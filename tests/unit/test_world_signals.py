@@ -53,6 +53,21 @@ def test_uses_of_a_scene_share_no_numbers():
     assert len(set(np.concatenate(drawn).tolist())) == 150
 
 
+def test_wrong_texts_are_captions_of_other_scenes_of_the_training_split_alone():
+    offer, count = Offer(wrong_texts=0.3), 200
+    texts = [
+        [WorldSource(3, split, count, signals=("text",), offer=o).read(i)["signals"]["text"] for i in range(count)]
+        for split in ("train", "held_out")
+        for o in (Offer(), offer)
+    ]
+    assert texts[2] == texts[3]
+    wrong = [(right, said) for right, said in zip(*texts[:2], strict=True) if right != said]
+    assert 0.2 < len(wrong) / count < 0.4
+    assert all(said in texts[0] for _, said in wrong)
+    picture = [WorldSource(3, "train", 2, signals=("image",), offer=o).read(1)["signals"] for o in (Offer(), offer)]
+    np.testing.assert_array_equal(picture[0]["image"], picture[1]["image"])
+
+
 def test_same_bits_in_any_order_and_any_company():
     forward = [WorldSource(3, "train", 4).read(i) for i in range(4)]
     for name in WorldSource.SIGNALS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from m3.data.source import Sample, Source, Split
 from m3.data.world import WorldSource
@@ -34,6 +34,8 @@ class Options(Strict):
         camera: `turning` on a slow circle; `still`; `close`: turning, and zoomed in on the object with the most pixels,
             as one photographs a thing.
         objects: `all` of a scene, or of each scene only the `main` one, with the most pixels.
+        wrong_texts: share of training samples with the caption of another scene, as alternative texts of the web often
+            say little of their picture; held-out samples keep theirs.
         text: a `caption`, or a `question` about colour or shape of the main object or the number of objects; a
             modality of type `answers` then gets the answer.
     """
@@ -44,6 +46,7 @@ class Options(Strict):
     points: PositiveInt = USUAL.points
     camera: Literal["turning", "still", "close"] = "turning"
     objects: Literal["all", "main"] = "all"
+    wrong_texts: float = Field(default=USUAL.wrong_texts, ge=0.0, le=1.0)
     text: Literal["caption", "question"] = "caption"
 
 

@@ -21,7 +21,7 @@ from m3.data.world.scene import COLOURS, MATERIALS, SHAPES, Scene, Split, genera
 from m3.data.world.sound import record, strikes, struck
 from m3.errors import M3Error
 
-SOUND, POINTS, QUESTION = 1, 2, 3
+SOUND, POINTS, QUESTION, MISTAKE = 1, 2, 3, 4
 """Uses of a scene's random numbers beside the scene itself; see `generator`."""
 
 
@@ -38,6 +38,7 @@ class Offer:
         is_camera_still: the camera stays where it is at time 0.
         is_close: the camera is aimed at the object with the most pixels and zoomed in.
         is_asked: the text is a question about the scene, and `answers` what ten people say, instead of a caption.
+        wrong_texts: share of the training split's captions that are of another scene.
         features: values of a region's feature.
         classes: of a region's soft labels.
     """
@@ -50,6 +51,7 @@ class Offer:
     is_camera_still: bool = False
     is_close: bool = False
     is_asked: bool = False
+    wrong_texts: float = 0.0
     features: int = 192
     classes: int = 1 + len(SHAPES)
 
@@ -153,7 +155,7 @@ class WorldSource:
             "image": lambda: frame.image,
             "depth": lambda: frame.depth,
             "semantic_map": lambda: frame.semantic,
-            "text": lambda: caption(scene, seen),
+            "text": lambda: self._wrong_text(index) or caption(scene, seen),
             "video": lambda: self._video(scene, frame.image, strikes(scene, self._random(index, SOUND), duration)),
             "audio": lambda: record(scene, self._random(index, SOUND), duration, offer.sound_rate),
             "points": lambda: sample_points(scene, self._random(index, POINTS), offer.points),
@@ -162,6 +164,17 @@ class WorldSource:
             "regions": lambda: regions(scene, frame, offer.features, offer.classes),
         }
         return {name: make[name]() for name in self.signals if name in make}
+
+    def _wrong_text(self, index: int) -> str | None:
+        """Return the caption of another scene where a scene has a wrong one."""
+        share = self.offer.wrong_texts if self.split == "train" and self.length > 1 else 0.0
+        random = self._random(index, MISTAKE)
+        if random.random() >= share:
+            return None
+        other = (index + int(random.integers(1, self.length))) % self.length
+        offer = replace(self.offer, wrong_texts=0.0)
+        texts = WorldSource(self.seed, self.split, self.length, self.height, self.width, signals=("text",), offer=offer)
+        return texts.read(other)["signals"]["text"]
 
     def _video(self, scene: Scene, image: np.ndarray, hits: list[np.ndarray]) -> Clip:
         times = np.arange(self.offer.frames) / self.offer.fps
