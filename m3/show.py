@@ -84,7 +84,7 @@ def draw(rows: list[tuple[str, dict[str, np.ndarray]]], path: Path) -> None:
                 side.set_visible(False)
             if axis in axes[0]:
                 axis.set_title(heads[title], fontsize=9)
-        line[0].set_ylabel(label, fontsize=8)
+        line[0].set_ylabel(fill(label, 22, break_long_words=False), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 

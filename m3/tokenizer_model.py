@@ -58,8 +58,9 @@ class M3Tokenizer:
         Raises:
             M3Error: there is no model, or it is no tokenizer.
         """
+        kwargs.setdefault("dtype", torch.float32)
         try:
-            return cls(M3Model.from_pretrained(path, **({"dtype": torch.float32} | kwargs)))
+            return cls(M3Model.from_pretrained(path, **kwargs))
         except OSError as error:
             raise missing(path, error) from error
 
