@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from m3.errors import M3Error
+from m3.errors import M3Error, nearest
 from m3.evaluate.bootstrap import Scores
 from m3.evaluate.encodings import Encodings
 from m3.model import M3Model
@@ -17,6 +18,8 @@ from m3.types import Batch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -156,6 +159,26 @@ class Task(ABC):
     def figures(self) -> dict[str, Figure]:
         """Return title -> picture of what the last `rows` measured; most tasks have none."""
         return {}
+
+
+def chosen(where: str, kind: str, wanted: str | None, found: Mapping[str, T]) -> T:
+    """Return the objective that a task measures: the one it names, or else the first that is fit for it.
+
+    Args:
+        where: name of the task.
+        kind: what is fit, for the sentence.
+        wanted: name of the objective in the task's settings.
+        found: name -> objective, all that are fit.
+
+    Raises:
+        M3Error: there is none, or none of this name.
+    """
+    if found and wanted in (None, *found):
+        return found[wanted or next(iter(found))]
+    named = f" `{wanted}`" if wanted else ""
+    raise M3Error(
+        f"evaluate.tasks.{where}: the model has no objective of type {kind}{named}.{nearest(wanted or '', found)}"
+    )
 
 
 def build_tasks(settings: dict[str, dict[str, Any]], model: M3Model, seed: int) -> list[Task]:

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from m3.errors import M3Error, nearest
 from m3.evaluate.bootstrap import Tally, ratio
-from m3.evaluate.task import Row, Task
+from m3.evaluate.task import Row, Task, chosen
 from m3.model import M3Model
 from m3.objectives.autoencode import Autoencode
 from m3.plugins import Strict
@@ -36,13 +35,7 @@ class DecodedFeatures(Task):
     def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
         super().__init__(spec, name, model, seed)
         found = {n: o for n, o in model.objectives.items() if isinstance(o, Autoencode) and not o.is_signal}
-        if not found or spec.objective not in (None, *found):
-            wanted = f" `{spec.objective}`" if spec.objective else ""
-            raise M3Error(
-                f"evaluate.tasks.{name}: the model has no objective{wanted} of type `autoencode` that decodes features."
-                f"{nearest(spec.objective or '', found)}"
-            )
-        self.objective = found[spec.objective or next(iter(found))]
+        self.objective = chosen(name, "`autoencode` that decodes features", spec.objective, found)
         self._sums: Tensor | None = None
         self._tally = Tally()
 

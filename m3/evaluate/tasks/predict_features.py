@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from m3.errors import M3Error, nearest
 from m3.evaluate.bootstrap import Tally, ratio
-from m3.evaluate.task import Row, Task
+from m3.evaluate.task import Row, Task, chosen
 from m3.model import M3Model
 from m3.network import Prepared
 from m3.objectives.latent import Latent
@@ -37,13 +36,7 @@ class PredictFeatures(Task):
     def __init__(self, spec: Spec, name: str, model: M3Model, seed: int) -> None:
         super().__init__(spec, name, model, seed)
         found = {n: o for n, o in model.objectives.items() if isinstance(o, Latent)}
-        if not found or spec.objective not in (None, *found):
-            wanted = f" `{spec.objective}`" if spec.objective else ""
-            raise M3Error(
-                f"evaluate.tasks.{name}: the model has no objective of type `latent`{wanted}."
-                f"{nearest(spec.objective or '', found)}"
-            )
-        self.objective = found[spec.objective or next(iter(found))]
+        self.objective = chosen(name, "`latent`", spec.objective, found)
         self._begin()
 
     @property
